@@ -1,0 +1,101 @@
+"""What the tests share: a toy shop, a finished toy run, small random models, and a way to call the scripts."""
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+THINGS = ["steel rod", "brass fitting", "nylon rope", "glass beaker", "rubber gasket", "copper wire", "oak board",
+          "paper filter", "wool blanket", "clay pot"]
+USES = ["measuring liquids in a laboratory", "fixing pipes under a sink", "tying loads to a roof rack",
+        "building a garden shed", "keeping a workshop tidy", "sealing a leaking joint"]
+
+
+def toy_items(count: int = 60) -> list[dict]:
+    """Items with distinct texts, some brands and a category."""
+    return [{"item_id": i, "title": f"Acme {THINGS[i % 10]} number {i}",
+             "description": f"A sturdy {THINGS[i % 10]} for {USES[i % 6]}. Comes in size {i % 7} and lasts long.",
+             "brand": "Acme", "categories": f"Shop > {THINGS[i % 10].split()[0]}"} for i in range(count)]
+
+
+def toy_interactions(count: int = 60, users: int = 40) -> list[dict]:
+    """Users who walk through the catalogue in steps."""
+    rng = random.Random(0)
+    rows = []
+    for u in range(users):
+        start, length = rng.randrange(count), rng.randrange(4, 9)
+        rows.append({"user_id": f"u{u}", "items": [(start + 10 * t) % count for t in range(length)],
+                     "timestamps": [100 * u + t for t in range(length)]})
+    return rows
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_script(*args) -> subprocess.CompletedProcess:
+    """Run a script as a user would, `run_script("train.py", "--run", run)`; text of both streams captured."""
+    return subprocess.run([sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}, timeout=600)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and, as the last line on stderr, one sentence that holds all `words`; never a traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "error:" in line
+    for word in words:
+        assert word in line, line
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    """A folder with items.jsonl and interactions.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    write_lines(folder / "items.jsonl", toy_items())
+    write_lines(folder / "interactions.jsonl", toy_interactions())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(toy_data, tmp_path_factory) -> Path:
+    """A run of stages 1-4 on the toy shop, 8 codes per level; read only (copy it with the `run` fixture)."""
+    run = tmp_path_factory.mktemp("runs") / "toy"
+    for args in (["tokenize_items.py", "--data", toy_data, "--codebook-size", 8], ["extract_semantics.py"],
+                 ["init_embeddings.py", "--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 10],
+                 ["train.py", "--epochs", 2, "--warmup", 5]):
+        done = run_script(*args, "--run", run)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def random_model(kind: str = "qwen2", tied: bool = True, rows: int = 97, seed: int = 0, **extra):
+    """A 2-layer, 32-wide random causal LM of a Hugging Face architecture, float32, in eval mode."""
+    torch.manual_seed(seed)
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256) if kind == "gpt2" else dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256)
+    if kind == "qwen3":
+        sizes["head_dim"] = 8
+    config = AutoConfig.for_model(kind, vocab_size=rows, tie_word_embeddings=tied, initializer_range=0.3,
+                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **sizes, **extra)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

@@ -1,0 +1,576 @@
+"""Stage 1: turn a catalogue into semantic IDs (SIDs) and its interactions into samples.
+
+Each item's title and description become one embedding x by a frozen encoder; residual K-means turns x into
+L codes; a collision step makes every SID unique. TS-Rec (arXiv 2602.22632), section 3.2.1:
+
+    Eq. 1   C_l = K-means(R_l, K)                      R_1 = X, the (N, D) item embeddings
+    Eq. 2   s_il = argmin_k || R_il - C_lk ||
+    Eq. 3   R_i,l+1 = R_il - C_l,s_il
+
+Reads   DATA/items.jsonl, and DATA/train|valid|test.jsonl (an official split) or DATA/interactions.jsonl
+Writes  RUN/items.jsonl (the input with "sid": ["<a_12>", "<b_7>", "<c_3>"]), RUN/train|valid|test.jsonl,
+        RUN/codebook.pt (centroids (L, K, D) and the encoder, so that new items can be encoded later)
+
+Differs from the paper
+  1. `--encoder lsa` (default) needs no download; the paper's is Qwen3-Embedding-4B.
+  2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the
+     paper re-assigns at random (`--collision random`).
+  3. K is 256 as in the paper, but smaller for catalogues of fewer than 3,072 items (K <= N / 12).
+  4. The papers keep items and users with at least five interactions: `--min-count 5`, for `interactions.jsonl`.
+
+Examples
+  python tokenize_items.py                                                         # the demo, 2 s on two cores
+  python tokenize_items.py --run runs/industrial --data ../shared/data/industrial  # 10 s on two cores
+  python tokenize_items.py --encoder Qwen/Qwen3-Embedding-4B --pooling last --dim 32 --collision random
+  python tokenize_items.py --run runs/demo --codebook runs/demo/codebook.pt --items new_items.jsonl
+"""
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+# Letters used in shapes: N items, D embedding width, L levels, K codes per level.
+LEVELS = "abcdefgh"                     # level 0 is spelled <a_12>, level 1 <b_12>, ...
+SID_TOKEN = re.compile(r"<([a-h])_(\d+)>")
+WORD = re.compile(r"[^\W_]+")           # LSA: runs of letters and digits
+LSA_DIM, LSA_MAX_TERMS = 128, 50_000    # width of the LSA space; most frequent terms kept
+DISTANCE_BYTES = 64 << 20               # K-means: size of one block of the distance matrix
+ITEM_FIELDS = ("title", "description", "brand", "categories")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What all stages share: errors, files, the spelling of SIDs
+# ---------------------------------------------------------------------------------------------------------
+
+def stop(message: str):
+    """End the program with one line on stderr and exit code 2: the reader can mend this himself."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path: str | Path, fields: tuple[str, ...]) -> list[dict]:
+    """Read a JSONL file whose every line is an object with at least `fields`; stops naming file and line."""
+    rows, number = [], 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                missing = [f for f in fields if not isinstance(row, dict) or f not in row]
+                if missing:
+                    stop(f"{path}, line {number}: no {missing[0]!r}; each line is an object with {', '.join(fields)}")
+                rows.append(row)
+    except OSError as error:
+        stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or name another file")
+    except ValueError as error:                                         # broken JSON, or not UTF-8
+        stop(f"{path}, line {max(1, number)}: not valid JSON ({error}); mend that line")
+    if not rows:
+        stop(f"{path}: holds no lines; it needs at least one object with {', '.join(fields)}")
+    return rows
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """Give a temporary path beside `path`; rename it over `path` when the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        stop(f"{path}: cannot be written ({error.strerror})")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """Write one object per line, atomically."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def sid_token(level: int, code: int) -> str:
+    """Spell a code: (0, 12) -> "<a_12>"."""
+    return f"<{LEVELS[level]}_{code}>"
+
+
+def parse_sid_token(token: str) -> tuple[int, int]:
+    """Read a SID token: "<a_12>" -> (0, 12); stops at anything else."""
+    match = SID_TOKEN.fullmatch(token) if isinstance(token, str) else None
+    if not match:
+        stop(f"{token!r} is not a SID token; they look like <a_12>, <b_7>, <c_3>")
+    return LEVELS.index(match[1]), int(match[2])
+
+
+def item_text(item: dict) -> str:
+    """The text that stands for an item: title and description as one sentence (section 3.2.1)."""
+    return ". ".join(part for part in (item["title"].strip(), item["description"].strip()) if part)
+
+
+def read_items(path: str | Path) -> list[dict]:
+    """Read a catalogue; item_id unique, missing fields filled with "", every item with some text."""
+    items, seen = read_jsonl(path, ("item_id", "title")), {}
+    for number, item in enumerate(items, 1):
+        item.update({field: item.get(field) or "" for field in ITEM_FIELDS})
+        where = f"{path}, line {number} (item_id {item['item_id']!r})"
+        if not isinstance(item["item_id"], (int, str)) or not all(isinstance(item[f], str) for f in ITEM_FIELDS):
+            stop(f"{where}: item_id must be a number or a string, {', '.join(ITEM_FIELDS)} strings")
+        if not item_text(item):
+            stop(f"{where}: neither title nor description; give it a text or remove the item")
+        if seen.setdefault(item["item_id"], number) != number:
+            stop(f"{where}: that id stands in line {seen[item['item_id']]} already; ids must be unique")
+    return items
+
+
+def read_catalogue(path: str | Path) -> list[dict]:
+    """Read a run's items.jsonl: items with their "sid", all of the same number of levels."""
+    items = read_items(path)
+    num_levels = len(items[0].get("sid", ()))
+    for item in items:
+        sid = item.get("sid")
+        if not sid or len(sid) != num_levels or any(parse_sid_token(t)[0] != l for l, t in enumerate(sid)):
+            stop(f"{path}: item {item['item_id']!r} has no valid SID; write the file with tokenize_items.py")
+    return items
+
+
+def check_known(where: str, item_ids, known: set) -> None:
+    """Stop at the first item that the catalogue does not hold, or at a list that is none."""
+    if not isinstance(item_ids, list) or not item_ids:
+        stop(f"{where}: needs a list of at least one item_id")
+    for i in item_ids:
+        if not isinstance(i, (int, str)) or i not in known:
+            stop(f"{where}: item {i!r} is not in the catalogue; add it to items.jsonl or drop it")
+
+
+def read_samples(path: str | Path, known: set) -> list[dict]:
+    """Read train/valid/test.jsonl: {"user_id", "history": [item_id, ...], "target": item_id}."""
+    samples = read_jsonl(path, ("user_id", "history", "target"))
+    for number, sample in enumerate(samples, 1):
+        check_known(f"{path}, line {number}, history", sample["history"], known)
+        check_known(f"{path}, line {number}, target", [sample["target"]], known)
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Encoders: text -> (N, D), rows of length 1
+# ---------------------------------------------------------------------------------------------------------
+
+def terms_of(text: str) -> list[str]:
+    """Words and pairs of neighbouring words, lower case: "Steel rod" -> ["steel", "rod", "steel rod"]."""
+    words = WORD.findall(text.lower())
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+
+
+def tfidf(texts: list[str], column: dict[str, int], idf: torch.Tensor) -> torch.Tensor:
+    """Weigh (1 + log tf) * idf, rows of length 1; a sparse (N, V) matrix."""
+    rows, columns, values = [], [], []
+    for row, text in enumerate(texts):
+        counts = Counter(t for t in terms_of(text) if t in column)
+        rows += [row] * len(counts)
+        columns += [column[t] for t in counts]
+        values += [1 + np.log(c) for c in counts.values()]
+    rows, columns = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+    values = torch.tensor(values, dtype=torch.float32) * idf[columns]
+    norms = torch.zeros(len(texts)).index_add_(0, rows, values ** 2).sqrt().clamp_min(1e-12)
+    index, size = torch.stack([rows, columns]), (len(texts), len(idf))
+    return torch.sparse_coo_tensor(index, values / norms[rows], size, check_invariants=False).coalesce()
+
+
+def fit_lsa(texts: list[str]) -> dict:
+    """Fit latent semantic analysis: TF-IDF, then the leading right singular vectors, (V, D)."""
+    frequency = Counter(t for text in texts for t in set(terms_of(text)))
+    kept = [t for t, n in sorted(frequency.items(), key=lambda x: (-x[1], x[0])) if n > 1][:LSA_MAX_TERMS]
+    kept = kept or sorted(frequency)[:LSA_MAX_TERMS]
+    if not kept:
+        stop("no item text holds a word or a number; the lsa encoder has nothing to work with")
+    idf = torch.tensor([np.log(len(texts) / frequency[t]) + 1 for t in kept], dtype=torch.float32)
+    matrix = tfidf(texts, {t: j for j, t in enumerate(kept)}, idf)
+    dim = min(LSA_DIM, *matrix.shape)
+    # svd_lowrank draws its random projection from the global generator, which main() seeds
+    _, _, components = torch.svd_lowrank(matrix, q=min(2 * dim, *matrix.shape), niter=4)
+    return {"name": "lsa", "terms": kept, "idf": idf, "components": components[:, :dim].contiguous()}
+
+
+def encode_lsa(texts: list[str], encoder: dict) -> torch.Tensor:
+    """Project texts on the LSA components; (N, D), rows of length 1."""
+    column = {t: j for j, t in enumerate(encoder["terms"])}
+    x = torch.sparse.mm(tfidf(texts, column, encoder["idf"]), encoder["components"])
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+@torch.no_grad()
+def encode_hf(texts: list[str], encoder: dict, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Embed texts with a frozen Hugging Face encoder, mean or last-token pooling; (N, D), rows of length 1."""
+    from transformers import AutoModel, AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder["name"], padding_side="right")
+        model = AutoModel.from_pretrained(
+            encoder["name"], dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except (OSError, ValueError) as error:
+        stop(f"--encoder {encoder['name']}: cannot be loaded ({str(error).splitlines()[0]})")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.to(device).eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))      # similar lengths, little padding
+    out = torch.empty(len(texts), model.config.hidden_size)
+    for start in tqdm(range(0, len(order), batch_size), desc="encode", unit="batch", disable=None):
+        rows = order[start:start + batch_size]
+        batch = tokenizer([texts[i] for i in rows], padding=True, truncation=True,
+                          max_length=encoder["max_length"], return_tensors="pt").to(device)
+        hidden = model(**batch).last_hidden_state.float()               # (B, T, D)
+        mask = batch["attention_mask"]
+        if encoder["pooling"] == "last":
+            pooled = hidden[torch.arange(len(rows), device=device), mask.sum(1) - 1]
+        else:
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        out[rows] = torch.nn.functional.normalize(pooled, dim=1).cpu()
+    return out
+
+
+def encode(texts: list[str], encoder: dict, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Embed texts with a fitted or named encoder, then its PCA where it has one; (N, D)."""
+    x = encode_lsa(texts, encoder) if encoder["name"] == "lsa" else encode_hf(texts, encoder, batch_size, device)
+    return (x - encoder["pca_mean"]) @ encoder["pca_components"] if "pca_mean" in encoder else x
+
+
+def fit_pca(x: torch.Tensor, dim: int) -> dict:
+    """Mean (D,) and the `dim` leading principal axes (D, dim) of the embeddings."""
+    if dim > min(x.shape):
+        stop(f"--dim {dim} is more than the {min(x.shape)} dimensions that the embeddings have")
+    mean = x.mean(0)
+    _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))           # eigenvalues ascending
+    return {"pca_mean": mean, "pca_components": vectors.flip(1)[:, :dim].contiguous()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# RQ-KMeans (eqs. 1-3)
+# ---------------------------------------------------------------------------------------------------------
+
+def seed_centroids(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+    """k-means++: draw each next seed with probability proportional to its squared distance; (K, D)."""
+    square = (x * x).sum(1)                                             # (N,)
+    distance = torch.full_like(square, torch.inf)
+    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    for _ in range(k - 1):
+        c = x[chosen[-1]]
+        new = square - 2 * (x @ c) + square[chosen[-1]]
+        new[new <= 1e-6 * (square + square[chosen[-1]])] = 0            # a copy of c, up to rounding
+        distance = torch.minimum(distance, new)
+        total = distance.double().cumsum(0)
+        if total[-1] <= 0:
+            stop(f"codebook size {k} is larger than the number of distinct embeddings ({len(chosen)}) at this "
+                 "level; choose a smaller --codebook-size or fewer --num-levels")
+        draw = torch.rand((), generator=generator, dtype=torch.float64).to(x.device) * total[-1]
+        row = int(torch.searchsorted(total, draw, right=True).clamp_max(len(x) - 1))
+        chosen.append(row if distance[row] > 0 else int(distance.argmax()))
+    return x[chosen].clone()
+
+
+def assign(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centroid of each row and the squared distance to it (eq. 2); (N, D), (K, D) -> (N,), (N,)."""
+    rows = max(1, DISTANCE_BYTES // (4 * len(centroids)))               # bounded memory, whatever N is
+    square = (centroids * centroids).sum(1)
+    parts = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows)]
+    codes = torch.cat([p.indices for p in parts])
+    distance = torch.cat([p.values for p in parts]) + (x * x).sum(1)
+    return codes, distance.clamp_min(0)
+
+
+def kmeans(x: torch.Tensor, k: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
+    """Lloyd's algorithm (eq. 1); (N, D) -> (K, D). Empty clusters restart at the farthest points."""
+    centroids, previous = seed_centroids(x, k, generator), None
+    for _ in range(iterations):
+        codes, distance = assign(x, centroids)
+        if previous is not None and torch.equal(codes, previous):
+            break
+        previous = codes
+        counts = torch.bincount(codes, minlength=k)
+        sums = torch.zeros_like(centroids).index_add_(0, codes, x)
+        centroids = sums / counts.clamp_min(1)[:, None]
+        empty = (counts == 0).nonzero().squeeze(1)
+        centroids[empty] = x[distance.topk(len(empty)).indices]
+    return centroids
+
+
+def quantize(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode by residuals (eqs. 2-3); (N, D), (L, K, D) -> codes (N, L), the last level's input (N, D)."""
+    codes = []
+    for level, book in enumerate(centroids):
+        codes.append(assign(x, book)[0])
+        if level + 1 < len(centroids):
+            x = x - book[codes[-1]]
+    return torch.stack(codes, 1), x
+
+
+def fit_codebook(x: torch.Tensor, num_levels: int, k: int, iterations: int, seed: int) -> torch.Tensor:
+    """Learn one codebook per level on the residuals of the level above (eqs. 1-3); (L, K, D)."""
+    generator, books = torch.Generator().manual_seed(seed), []
+    print(f"level   - | mse {float((x * x).sum(1).mean()):.4f} (mean squared length of the embeddings)")
+    for level in range(num_levels):
+        books.append(kmeans(x, k, iterations, generator))
+        codes, _ = assign(x, books[-1])
+        x = x - books[-1][codes]
+        counts = torch.bincount(codes, minlength=k).double()
+        p = counts[counts > 0] / len(x)
+        print(f"level   {LEVELS[level]} | mse {float((x * x).sum(1).mean()):.4f} | codes in use "
+              f"{len(p)}/{k} | perplexity {float(torch.exp(-(p * p.log()).sum())):.1f} | "
+              f"largest cluster {int(counts.max())}")
+    return torch.stack(books)
+
+
+def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarray, policy: str,
+                       seed: int, first_new: int = 0) -> np.ndarray:
+    """Give all but one item of each shared SID another last code; (N, L), (N, D), (K, D) -> (N, L).
+
+    Rows before `first_new` are older than this run and never move. The item nearest to the shared centroid
+    keeps its code; "nearest" gives the others the free code whose centroid is nearest to their residual,
+    "random" (TS-Rec, footnote 1) any free one. Stops where a prefix holds more items than K.
+    """
+    codes, rng = codes.copy(), np.random.default_rng(seed)
+    _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+    _, prefix = np.unique(codes[:, :-1], axis=0, return_inverse=True)
+    inverse, prefix = inverse.reshape(-1), prefix.reshape(-1)           # numpy 2.0 keeps the axis
+    crowded = np.unique(prefix[counts[inverse] > 1])
+    order = np.argsort(prefix, kind="stable")
+    starts = np.searchsorted(prefix[order], np.stack([crowded, crowded + 1]))
+    for low, high in starts.T:
+        members = order[low:high]
+        distance = ((residuals[members, None] - book[codes[members, -1]][:, None]) ** 2).sum((1, 2))
+        members = members[np.lexsort((members, distance, members >= first_new))]
+        taken, movers = set(), []
+        for i in members:
+            if codes[i, -1] in taken and i >= first_new:
+                movers.append(i)
+            taken.add(int(codes[i, -1]))
+        free = np.array(sorted(set(range(len(book))) - taken), dtype=int)
+        if len(free) < len(movers):
+            name = "".join(sid_token(l, c) for l, c in enumerate(codes[members[0], :-1]))
+            stop(f"prefix {name} has {len(members)} items but only {len(book)} last codes; "
+                 "choose a larger --codebook-size or more --num-levels")
+        for i in movers:
+            pick = rng.integers(len(free)) if policy == "random" else (
+                ((residuals[i] - book[free]) ** 2).sum(1).argmin())
+            codes[i, -1], free = free[pick], np.delete(free, pick)
+    return codes
+
+
+def colliding(codes: np.ndarray) -> int:
+    """Number of items beyond the first on each SID."""
+    return len(codes) - len(np.unique(codes, axis=0))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------
+
+def read_interactions(path: str | Path, known: set, timed: bool) -> list[dict]:
+    """Read interactions.jsonl: {"user_id", "items": [...]} and, needed where `timed`, "timestamps"."""
+    users = read_jsonl(path, ("user_id", "items", "timestamps") if timed else ("user_id", "items"))
+    for number, user in enumerate(users, 1):
+        check_known(f"{path}, line {number}, items", user["items"], known)
+        times = user.setdefault("timestamps", list(range(len(user["items"]))))
+        if len(times) != len(user["items"]) or times != sorted(times):
+            stop(f"{path}, line {number}: timestamps must be as many as items, and ascending")
+    return users
+
+
+def k_core(users: list[dict], min_count: int) -> list[dict]:
+    """Drop items and users with fewer than `min_count` interactions until none is left."""
+    before = None
+    while before != (before := sum(len(user["items"]) for user in users)):
+        counts = Counter(i for user in users for i in user["items"])
+        kept = []
+        for user in users:
+            index = [j for j, i in enumerate(user["items"]) if counts[i] >= min_count]
+            if len(index) >= min_count:
+                kept.append({**user, **{f: [user[f][j] for j in index] for f in ("items", "timestamps")}})
+        users = kept
+    return users
+
+
+def split_samples(users: list[dict], split: str) -> dict[str, list[dict]]:
+    """One sample per interaction but a user's first, its history all that came before.
+
+    leave-one-out: a user's last target is test, the one before valid, the rest train. chronological: all
+    samples in the order of their target's time, cut 8:1:1, as MiniOneRec and TS-Rec do.
+    """
+    samples = [(user["timestamps"][t], len(user["items"]) - t,
+                {"user_id": user["user_id"], "history": user["items"][:t], "target": user["items"][t]})
+               for user in users for t in range(1, len(user["items"]))]
+    if split == "leave-one-out":
+        return {name: [s for _, left, s in samples if min(left, 3) == k]
+                for name, k in (("train", 3), ("valid", 2), ("test", 1))}
+    ordered = [s for _, _, s in sorted(samples, key=lambda sample: sample[0])]
+    a, b = len(ordered) * 8 // 10, len(ordered) * 9 // 10
+    return {"train": ordered[:a], "valid": ordered[a:b], "test": ordered[b:]}
+
+
+def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str, list[dict]], list[dict]]:
+    """The three sample lists, histories cut to the most recent items, and the catalogue after filtering."""
+    known = {item["item_id"] for item in items}
+    if args.split == "official":
+        if args.min_count > 1:
+            stop("--min-count filters interactions.jsonl; an official split is used as it is")
+        split = {name: read_samples(Path(args.data) / f"{name}.jsonl", known)
+                 for name in ("train", "valid", "test")}
+    else:
+        path = args.interactions or Path(args.data) / "interactions.jsonl"
+        users = read_interactions(path, known, timed=args.split == "chronological")
+        if args.min_count > 1:
+            users = k_core(users, args.min_count)
+            known = {i for user in users for i in user["items"]}
+            items = [item for item in items if item["item_id"] in known]
+        split = split_samples(users, args.split)
+        print(f"interactions | {len(users)} users | {sum(len(u['items']) for u in users)} interactions")
+    if not all(split.values()):
+        stop(f"the {' and '.join(n for n in split if not split[n])} split is empty; it takes users with at least "
+             "three interactions (see --min-count)")
+    for sample in (s for samples in split.values() for s in samples):
+        sample["history"] = sample["history"][-args.max_history:]
+    return split, items
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--run", default="runs/demo", help="folder that the outputs are written to")
+    files.add_argument("--data", default=str(Path(__file__).parent / "tests" / "demo"),
+                       help="folder with items.jsonl and interactions.jsonl or train/valid/test.jsonl")
+    files.add_argument("--items", help="catalogue, instead of DATA/items.jsonl")
+    files.add_argument("--interactions", help="interactions, instead of DATA/interactions.jsonl")
+    files.add_argument("--sids", help="take the SIDs from this file ({item_id, sid} lines), collisions kept")
+    files.add_argument("--codebook", help="give SIDs from this codebook.pt to the new items in --items and append "
+                                          "them to the run's catalogue; nothing that is there moves")
+    encoder = parser.add_argument_group("encoder")
+    encoder.add_argument("--encoder", default="lsa", help="lsa, or a Hugging Face model name or folder")
+    encoder.add_argument("--pooling", choices=("mean", "last"), default="mean",
+                         help="Hugging Face encoder: mean of the tokens, or the last one (Qwen3-Embedding)")
+    encoder.add_argument("--max-length", type=int, default=512, help="Hugging Face encoder: tokens read per item")
+    encoder.add_argument("--batch-size", type=int, default=32, help="Hugging Face encoder: items per batch")
+    encoder.add_argument("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
+    quantizer = parser.add_argument_group("quantizer")
+    quantizer.add_argument("--num-levels", type=int, default=3, help="L, codes per item")
+    quantizer.add_argument("--codebook-size", type=int, default=0,
+                           help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
+    quantizer.add_argument("--iterations", type=int, default=100, help="most Lloyd iterations per level")
+    quantizer.add_argument("--collision", choices=("nearest", "random"), default="nearest",
+                           help="which free last code a colliding item gets")
+    samples = parser.add_argument_group("samples")
+    samples.add_argument("--split", choices=("official", "leave-one-out", "chronological"),
+                         help="default: official where DATA/train.jsonl exists and no --interactions, else "
+                              "leave-one-out")
+    samples.add_argument("--max-history", type=int, default=10, help="most recent items kept; STAR: 20")
+    samples.add_argument("--min-count", type=int, default=1,
+                         help="drop items and users with fewer interactions, repeatedly; the papers: 5")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the K-means and of --collision random")
+    parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
+    args = parser.parse_args(argv)
+    if not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0:
+        parser.error(f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0")
+    if args.codebook and not args.items:
+        parser.error("--codebook encodes new items: name their file with --items")
+    if args.codebook and args.sids:
+        parser.error("--codebook and --sids exclude each other")
+    official = not args.interactions and (Path(args.data) / "train.jsonl").exists()
+    args.split = args.split or ("official" if official else "leave-one-out")
+    return args
+
+
+def append_items(args: argparse.Namespace, device: torch.device) -> None:
+    """Give SIDs to new items from an existing codebook and append them to the run's catalogue."""
+    path = Path(args.run) / "items.jsonl"
+    old, new = read_catalogue(path), read_items(args.items)
+    twice = {item["item_id"] for item in old} & {item["item_id"] for item in new}
+    if twice:
+        stop(f"{args.items}: item_id {sorted(twice, key=str)[0]!r} has a SID already in {path}; leave it out")
+    try:
+        book = torch.load(args.codebook, weights_only=True)
+        centroids, encoder = book["centroids"], book["encoder"]
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError):
+        stop(f"{args.codebook}: not a codebook.pt that tokenize_items.py wrote")
+    if len(centroids) != len(old[0]["sid"]):
+        stop(f"{args.codebook} has {len(centroids)} levels, {path} {len(old[0]['sid'])}; name the run's own one")
+    fresh, residuals = quantize(encode([item_text(i) for i in new], encoder, args.batch_size, device), centroids)
+    codes = np.concatenate([[[parse_sid_token(t)[1] for t in i["sid"]] for i in old], fresh.numpy()])
+    residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals.numpy()])
+    codes = resolve_collisions(codes, residuals, centroids[-1].numpy(), args.collision, args.seed, len(old))
+    for item, row in zip(new, codes[len(old):]):
+        item["sid"] = [sid_token(l, int(c)) for l, c in enumerate(row)]
+    write_jsonl(path, old + new)
+    print(f"wrote {path}: {len(old)} items as they were, {len(new)} new ones, e.g. "
+          f"{new[0]['item_id']!r} {''.join(new[0]['sid'])} {new[0]['title']!r}")
+
+
+def given_sids(path: str, items: list[dict]) -> list[list[str]]:
+    """The SIDs of `--sids FILE` in the order of the catalogue."""
+    sids = {row["item_id"]: row["sid"] for row in read_jsonl(path, ("item_id", "sid"))}
+    for item in items:
+        if item["item_id"] not in sids:
+            stop(f"{path}: no SID for item {item['item_id']!r}")
+    return [sids[item["item_id"]] for item in items]
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(args.seed)
+    run = Path(args.run)
+    if args.codebook:
+        return append_items(args, device)
+
+    items = read_items(args.items or Path(args.data) / "items.jsonl")
+    split, items = make_samples(args, items)
+    print(f"device {device} | {len(items)} items | split {args.split}: "
+          + ", ".join(f"{len(samples)} {name}" for name, samples in split.items()))
+
+    if args.sids:
+        sids, codebook = given_sids(args.sids, items), None
+        codes = np.array([[parse_sid_token(t)[1] for t in sid] for sid in sids])
+        print(f"SIDs from {args.sids}: collisions {colliding(codes)}, kept; no codebook.pt")
+    else:
+        texts = [item_text(item) for item in items]
+        encoder = fit_lsa(texts) if args.encoder == "lsa" else {
+            "name": args.encoder, "pooling": args.pooling, "max_length": args.max_length}
+        x = encode(texts, encoder, args.batch_size, device)
+        if args.dim:
+            encoder.update(fit_pca(x, args.dim))
+            x = (x - encoder["pca_mean"]) @ encoder["pca_components"]
+        k = args.codebook_size or min(256, 1 << max(1, len(items) // 12).bit_length() - 1)
+        print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
+        centroids = fit_codebook(x.to(device), args.num_levels, k, args.iterations, args.seed)
+        raw, residuals = quantize(x.to(device), centroids)
+        raw = raw.cpu().numpy()
+        codes = resolve_collisions(raw, residuals.cpu().numpy(), centroids[-1].cpu().numpy(),
+                                   args.collision, args.seed)
+        print(f"collisions {colliding(raw)} of {len(items)} items before, {colliding(codes)} after "
+              f"({args.collision} free last code)")
+        sids = [[sid_token(l, int(c)) for l, c in enumerate(row)] for row in codes]
+        codebook = {"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}
+
+    for item, sid in zip(items, sids):
+        item["sid"] = sid
+    (run / "codebook.pt").unlink(missing_ok=True)
+    if codebook:
+        with replacing(run / "codebook.pt") as temporary:
+            torch.save(codebook, temporary)
+    for name, samples in split.items():
+        write_jsonl(run / f"{name}.jsonl", samples)
+    write_jsonl(run / "items.jsonl", items)
+    print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
+    print(f"wrote {run}/items.jsonl, train.jsonl, valid.jsonl, test.jsonl" + (", codebook.pt" if codebook else ""))
+
+
+if __name__ == "__main__":
+    main()
