@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
-from tokenize_items import parse_sid_token, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
+from tokenize_items import parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
 from train import prompt_ids, task_pairs
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
@@ -306,7 +306,7 @@ def read_history(text: str, items: list[dict]) -> dict:
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     run = Path(args.run)
     items = read_catalogue(run / "items.jsonl")
     by_id = {item["item_id"]: item for item in items}

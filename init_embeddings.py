@@ -25,6 +25,7 @@ Examples
 import argparse
 import hashlib
 import json
+import pickle
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from tokenize_items import item_text, parse_sid_token, read_catalogue, read_jsonl, replacing, sid_token, stop
+from tokenize_items import (item_text, parse_sid_token, pick_device, read_catalogue, read_codebook, read_jsonl,
+                            replacing, sid_token, stop)
 
 # Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 WINDOW, BATCH, LEARNING_RATE = 128, 16, 2e-3            # pretraining of the tiny backbone
@@ -94,20 +96,23 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
         tokenizer_text, special, sid = checkpoint.pop("tokenizer"), checkpoint.pop("special"), checkpoint["sid"]
     except FileNotFoundError:
         stop(f"{path}: no such file; run the stage that writes it, or name another checkpoint")
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, AttributeError, ImportError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, AttributeError, ImportError, TypeError,
+            pickle.UnpicklingError) as error:
         stop(f"{path}: not a checkpoint of this project ({type(error).__name__}); write it again")
     n = sid["num_items"]
     if items is not None and (len(items) < n or sid_digest(items[:n]) != sid["digest"]):
         stop(f"{path} was made for another catalogue: the SIDs of its {n} items are not those of items.jsonl; "
              "run init_embeddings.py again, or name the run it belongs to")
+    config["pad_token_id"] = None                   # padding is ours, on the right: no row is special to the model
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    tied = {n for n, t in model.state_dict().items() for w in weights
-            if n in missing and t.data_ptr() == model.state_dict()[w].data_ptr()} if missing else set()
-    if unexpected or set(missing) - tied:
-        stop(f"{path}: weights and config disagree ({[*unexpected, *sorted(set(missing) - tied)][0]})")
+    state = model.state_dict()
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    wrong = unexpected + [name for name in missing if state[name].data_ptr() not in loaded]     # tied ones share
+    if wrong:
+        stop(f"{path}: weights and config disagree about {wrong[0]}; write the checkpoint again")
     return model.to(device), load_tokenizer(tokenizer_text, special), checkpoint
 
 
@@ -141,7 +146,8 @@ def pretrain(model, tokens: torch.Tensor, steps: int, seed: int) -> float:
     """Next-token prediction on windows of the item texts, all weights; returns the last steps' mean loss."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps,
+                                                   pct_start=0.1 if steps > 10 else 0.3)
     losses, window = [], min(WINDOW, len(tokens) - 1)
     model.train()
     for _ in tqdm(range(steps), desc="pretrain", unit="step", disable=None):
@@ -167,7 +173,7 @@ def build_tiny(texts: list[str], args: argparse.Namespace, device: torch.device)
         "qwen2", vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.width * 3,
         num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
         max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
     eos = tokenizer.eos_token_id
     ids = tokenizer(texts, add_special_tokens=False).input_ids
@@ -283,7 +289,7 @@ def initial_rows(text: torch.Tensor, keyword_ids: dict[tuple[int, int], list[int
     if args.init == "mean":
         return text.mean(0).expand(num_levels, k, -1)
     rows = gaussian_rows(text, num_levels * k, torch.Generator().manual_seed(args.seed)).view(num_levels, k, -1)
-    chosen = [t for t in sorted(keyword_ids) if t[0] < args.sa_depth]
+    chosen = [t for t in sorted(keyword_ids) if args.sa_depth is None or t[0] < args.sa_depth]
     if args.init == "sa" and chosen:
         sa = rescale(keyword_rows(text, [keyword_ids[t] for t in chosen]), text, args.sa_norm)
         rows[[t[0] for t in chosen], [t[1] for t in chosen]] = sa
@@ -333,7 +339,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     init = parser.add_argument_group("initialisation of the SID rows")
     init.add_argument("--init", choices=("sa", "mean", "gaussian"), default="sa",
                       help="keyword mean (eq. 9), mean of vocabulary (STAR eq. 1), or N(mu, Sigma) of the pretrained rows")
-    init.add_argument("--sa-depth", type=int, default=8, help="SA-Init on the first n levels, gaussian below")
+    init.add_argument("--sa-depth", type=int, help="SA-Init on the first n levels, gaussian below; default: all")
     init.add_argument("--sa-norm", choices=("none", "vocab", "centered"), default="centered",
                       help="eq. 9 as printed, rescaled to the vocabulary's mean norm, or centered and rescaled")
     model = parser.add_argument_group("backbone")
@@ -352,7 +358,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")      # its CPU backward is slow on short texts
     run = Path(args.run)
@@ -361,7 +367,7 @@ def main() -> None:
     book = Path(args.codebook or run / "codebook.pt")
     num_levels, codebook_size = len(items[0]["sid"]), 1 + max(parse_sid_token(t)[1] for t in used)
     if book.exists():
-        codebook_size = max(codebook_size, torch.load(book, weights_only=True)["centroids"].shape[1])
+        codebook_size = max(codebook_size, read_codebook(book)["centroids"].shape[1])
     semantics = args.semantics or run / "semantics.jsonl"
     if args.init == "sa":
         read_jsonl(semantics, ("token", "keywords"))                    # before the minute of pretraining

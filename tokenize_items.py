@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import json
 import os
+import pickle
 import re
 import sys
 from collections import Counter
@@ -85,16 +86,27 @@ def replacing(path: str | Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        stop(f"{path}: cannot be written ({error.strerror})")
+    except (OSError, RuntimeError) as error:                            # torch.save raises the latter
+        stop(f"{path}: cannot be written ({error})")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                              # where the folder is none, say
+            temporary.unlink()
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Write one object per line, atomically."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names, or cuda where there is one, else the cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        stop(f"--device {name}: not to be had here ({str(error).splitlines()[0]})")
+    return device
 
 
 def sid_token(level: int, code: int) -> str:
@@ -130,14 +142,19 @@ def read_items(path: str | Path) -> list[dict]:
     return items
 
 
+def check_sid(where: str, sid, num_levels: int | None) -> None:
+    """Stop unless `sid` is a list of tokens of levels a, b, c, ...; as many as `num_levels`, where given."""
+    if not isinstance(sid, list) or not sid or num_levels not in (None, len(sid)) or any(
+            parse_sid_token(t)[0] != level for level, t in enumerate(sid)):
+        stop(f"{where} has no valid SID ({sid!r}); all need one token per level, like ['<a_12>', '<b_7>', '<c_3>']")
+
+
 def read_catalogue(path: str | Path) -> list[dict]:
     """Read a run's items.jsonl: items with their "sid", all of the same number of levels."""
-    items = read_items(path)
-    num_levels = len(items[0].get("sid", ()))
+    items, num_levels = read_items(path), None
     for item in items:
-        sid = item.get("sid")
-        if not sid or len(sid) != num_levels or any(parse_sid_token(t)[0] != l for l, t in enumerate(sid)):
-            stop(f"{path}: item {item['item_id']!r} has no valid SID; write the file with tokenize_items.py")
+        check_sid(f"{path}: item {item['item_id']!r}", item.get("sid"), num_levels)
+        num_levels = len(item["sid"])
     return items
 
 
@@ -361,6 +378,17 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
     return codes
 
 
+def read_codebook(path: str | Path) -> dict:
+    """Load a codebook.pt: "centroids" (L, K, D), "encoder", "args"."""
+    try:
+        book = torch.load(path, weights_only=True)
+        if book["centroids"].dim() == 3 and "name" in book["encoder"]:
+            return book
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
+        pass
+    stop(f"{path}: not a codebook.pt that tokenize_items.py wrote")
+
+
 def colliding(codes: np.ndarray) -> int:
     """Number of items beyond the first on each SID."""
     return len(codes) - len(np.unique(codes, axis=0))
@@ -376,6 +404,8 @@ def read_interactions(path: str | Path, known: set, timed: bool) -> list[dict]:
     for number, user in enumerate(users, 1):
         check_known(f"{path}, line {number}, items", user["items"], known)
         times = user.setdefault("timestamps", list(range(len(user["items"]))))
+        if not isinstance(times, list) or not all(isinstance(t, (int, float)) for t in times):
+            stop(f"{path}, line {number}: timestamps must be a list of numbers")
         if len(times) != len(user["items"]) or times != sorted(times):
             stop(f"{path}, line {number}: timestamps must be as many as items, and ascending")
     return users
@@ -430,8 +460,8 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
         split = split_samples(users, args.split)
         print(f"interactions | {len(users)} users | {sum(len(u['items']) for u in users)} interactions")
     if not all(split.values()):
-        stop(f"the {' and '.join(n for n in split if not split[n])} split is empty; it takes users with at least "
-             "three interactions (see --min-count)")
+        stop(f"the {' and '.join(n for n in split if not split[n])} split is empty; give more interactions "
+             "per user, or a lower --min-count")
     for sample in (s for samples in split.values() for s in samples):
         sample["history"] = sample["history"][-args.max_history:]
     return split, items
@@ -479,6 +509,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0:
         parser.error(f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0")
+    if min(args.batch_size, args.max_length, args.iterations) < 1 or args.dim < 0:
+        parser.error("--batch-size, --max-length and --iterations must be at least 1, --dim at least 0")
     if args.codebook and not args.items:
         parser.error("--codebook encodes new items: name their file with --items")
     if args.codebook and args.sids:
@@ -495,15 +527,14 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
     twice = {item["item_id"] for item in old} & {item["item_id"] for item in new}
     if twice:
         stop(f"{args.items}: item_id {sorted(twice, key=str)[0]!r} has a SID already in {path}; leave it out")
-    try:
-        book = torch.load(args.codebook, weights_only=True)
-        centroids, encoder = book["centroids"], book["encoder"]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError):
-        stop(f"{args.codebook}: not a codebook.pt that tokenize_items.py wrote")
-    if len(centroids) != len(old[0]["sid"]):
-        stop(f"{args.codebook} has {len(centroids)} levels, {path} {len(old[0]['sid'])}; name the run's own one")
+    book = read_codebook(args.codebook)
+    centroids, encoder = book["centroids"], book["encoder"]
+    codes = np.array([[parse_sid_token(t)[1] for t in i["sid"]] for i in old])
+    if len(centroids) != codes.shape[1] or codes.max() >= centroids.shape[1]:
+        stop(f"{args.codebook} holds {centroids.shape[0]} x {centroids.shape[1]} codes, {path} needs "
+             f"{codes.shape[1]} x {codes.max() + 1}; name the run's own one")
     fresh, residuals = quantize(encode([item_text(i) for i in new], encoder, args.batch_size, device), centroids)
-    codes = np.concatenate([[[parse_sid_token(t)[1] for t in i["sid"]] for i in old], fresh.numpy()])
+    codes = np.concatenate([codes, fresh.numpy()])
     residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals.numpy()])
     codes = resolve_collisions(codes, residuals, centroids[-1].numpy(), args.collision, args.seed, len(old))
     for item, row in zip(new, codes[len(old):]):
@@ -515,16 +546,19 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
 
 def given_sids(path: str, items: list[dict]) -> list[list[str]]:
     """The SIDs of `--sids FILE` in the order of the catalogue."""
-    sids = {row["item_id"]: row["sid"] for row in read_jsonl(path, ("item_id", "sid"))}
+    sids = {str(row["item_id"]): row["sid"] for row in read_jsonl(path, ("item_id", "sid"))}
+    num_levels = None
     for item in items:
-        if item["item_id"] not in sids:
+        if str(item["item_id"]) not in sids:
             stop(f"{path}: no SID for item {item['item_id']!r}")
-    return [sids[item["item_id"]] for item in items]
+        check_sid(f"{path}: item {item['item_id']!r}", sids[str(item["item_id"])], num_levels)
+        num_levels = len(sids[str(item["item_id"])])
+    return [sids[str(item["item_id"])] for item in items]
 
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     run = Path(args.run)
     if args.codebook:
@@ -561,8 +595,9 @@ def main() -> None:
 
     for item, sid in zip(items, sids):
         item["sid"] = sid
-    (run / "codebook.pt").unlink(missing_ok=True)
-    if codebook:
+    if codebook is None:
+        (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
+    else:
         with replacing(run / "codebook.pt") as temporary:
             torch.save(codebook, temporary)
     for name, samples in split.items():

@@ -21,7 +21,6 @@ Examples
   python train.py --run runs/qwen --micro-tokens 32768             # Qwen2.5-1.5B on a GPU: the paper's settings
 """
 import argparse
-import json
 import math
 import random
 import time
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, save_model
-from tokenize_items import read_catalogue, read_jsonl, read_samples, replacing, stop, write_jsonl
+from tokenize_items import pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
 
 # Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width.
 PROMPT = "{instruction}\n"
@@ -66,9 +65,9 @@ TASKS = {
 # Settings that depend on the backbone, in one place. "hf" is the paper's section 5.1.4.
 PRESETS = {
     "hf": dict(tasks=",".join(TASKS), epochs=3, lr=3e-4, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
-               evals_per_epoch=4, max_length=512),
+               evals_per_epoch=4, max_response=256, micro_tokens=16384),
     "tiny": dict(tasks="next,title2sid,sid2title,text2token,token2text", epochs=8, lr=1.5e-3, batch_size=64,
-                 warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1, max_length=256),
+                 warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1, max_response=128, micro_tokens=4096),
 }
 
 
@@ -118,19 +117,17 @@ class Example(NamedTuple):
     start: int
 
 
-def encode_examples(tokenizer, name: str, pairs: list[tuple[str, str]], max_length: int) -> list[Example]:
-    """Tokenise a task's pairs; EOS ends a text response. Too long a response is cut, then the prompt's beginning."""
+def encode_examples(tokenizer, name: str, pairs: list[tuple[str, str]], max_response: int) -> list[Example]:
+    """Tokenise a task's pairs. EOS ends a text response, unless it was cut to `max_response` tokens; prompts are
+    never cut."""
     if not pairs:
         return []
     end = [tokenizer.eos_token_id] if TASKS[name].text else []
     prompts = prompt_ids(tokenizer, [p for p, _ in pairs])
     responses = tokenizer([r for _, r in pairs], add_special_tokens=False).input_ids
-    examples = []
-    for prompt, response in zip(prompts, responses):
-        response = response[:max_length // 2 - 1] + end
-        prompt = prompt[-(max_length - len(response)):]
-        examples.append(Example(name, prompt + response, len(prompt)))
-    return examples
+    most = max_response if TASKS[name].text else None                   # a SID is never cut
+    return [Example(name, prompt + (response + end)[:most], len(prompt))
+            for prompt, response in zip(prompts, responses)]
 
 
 def collate(examples: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +136,7 @@ def collate(examples: list[Example], device: torch.device) -> tuple[torch.Tensor
     ids     p0 p1 p2 r0 r1          with prompt p0 p1 p2 and response r0 r1: position t predicts token t + 1
     labels  -100 -100 r0 r1 -100
     """
-    length = max(len(e.ids) for e in examples)
+    length = -(-max(len(e.ids) for e in examples) // 8) * 8     # few shapes: allocator and kernels can reuse
     ids = torch.zeros(len(examples), length, dtype=torch.long)
     labels = torch.full((len(examples), length), -100)
     for row, e in enumerate(examples):
@@ -267,6 +264,8 @@ def fit(model, train: list[Example], valid: list[Example], args: argparse.Namesp
                 running.clear()
             if step % eval_every == 0 or step == steps:
                 row["valid_loss"] = validation_loss(model, valid, args)
+                if not math.isfinite(row["valid_loss"]):
+                    stop(f"the validation loss of step {step} is {row['valid_loss']}; choose a lower --lr")
                 better = row["valid_loss"] < best
                 best, bad = (row["valid_loss"], 0) if better else (best, bad + 1)
                 bar.write(f"step {step:05d}/{steps} | valid loss {row['valid_loss']:.4f}"
@@ -308,10 +307,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--dropout", type=float, help="share of embeddings and residual branches dropped")
     method.add_argument("--weight-decay", type=float, help="AdamW's, on matrices")
     method.add_argument("--evals-per-epoch", type=int, help="validations per epoch")
-    method.add_argument("--max-length", type=int, help="tokens of prompt and response together")
+    method.add_argument("--max-response", type=int, help="tokens kept of a text response")
+    method.add_argument("--micro-tokens", type=int,
+                        help="tokens per forward pass, padding included: memory only, the update is the same")
     loop = parser.add_argument_group("loop")
-    loop.add_argument("--micro-tokens", type=int, default=8192,
-                      help="tokens per forward pass: memory only, the update is the same")
     loop.add_argument("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
                       help="arithmetic over float32 weights; fast: bf16 on CUDA and on CPUs that have it")
     loop.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -319,12 +318,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument("--log-every", type=int, default=100, help="updates per log line")
     loop.add_argument("--seed", type=int, default=42, help="seed of the data order and of dropout")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    counts = ("epochs", "batch_size", "evals_per_epoch", "max_response", "micro_tokens", "patience", "log_every")
+    for name in counts:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= (args.dropout or 0) < 1:
+        parser.error("--dropout must be at least 0 and less than 1")
+    for name in args.tasks.split(",") if args.tasks is not None else ():
+        if name not in TASKS:
+            parser.error(f"--tasks: {name!r} is not a task; choose from {', '.join(TASKS)}")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")      # its CPU backward is slow on short prompts
     run = Path(args.run)
@@ -336,9 +345,6 @@ def main() -> None:
             setattr(args, key, value)
     args.backbone = checkpoint["args"].get("backbone")
     names = args.tasks.split(",")
-    unknown = [n for n in names if n not in TASKS]
-    if unknown:
-        stop(f"--tasks: {unknown[0]!r} is not a task; choose from {', '.join(TASKS)}")
 
     known = {item["item_id"] for item in items}
     data = {"items": items, "samples": read_samples(run / "train.jsonl", known),
@@ -346,7 +352,7 @@ def main() -> None:
             if any(TASKS[n].source == "tokens" for n in names) else []}
     train = []
     for name in names:
-        examples = encode_examples(tokenizer, name, task_pairs(name, data), args.max_length)
+        examples = encode_examples(tokenizer, name, task_pairs(name, data), args.max_response)
         if not examples:
             stop(f"--tasks: {name} has no examples in this run; leave it out")
         print(f"task {name:>16} | {len(examples)} examples | {sum(len(e.ids) for e in examples)} tokens | "
@@ -354,7 +360,11 @@ def main() -> None:
         show_example(tokenizer, examples[0])
         train += examples
     valid_data = {"items": items, "samples": read_samples(run / "valid.jsonl", known)}
-    valid = encode_examples(tokenizer, "next", task_pairs("next", valid_data), args.max_length)
+    valid = encode_examples(tokenizer, "next", task_pairs("next", valid_data), args.max_response)
+    longest, limit = max(len(e.ids) for e in train + valid), getattr(model.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        stop(f"the longest example has {longest} tokens, the backbone reads {limit}; lower --max-history in stage 1, "
+             "or leave out the task with long texts")
 
     add_dropout(model, args.dropout)
     print(f"device {device} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, all trained | "

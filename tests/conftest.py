@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 THINGS = ["steel rod", "brass fitting", "nylon rope", "glass beaker", "rubber gasket", "copper wire", "oak board",
           "paper filter", "wool blanket", "clay pot"]
@@ -48,7 +48,7 @@ def write_lines(path: Path, rows: list) -> Path:
 def run_script(*args) -> subprocess.CompletedProcess:
     """Run a script as a user would, `run_script("train.py", "--run", run)`; text of both streams captured."""
     return subprocess.run([sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}, timeout=600)
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=600)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -99,3 +99,26 @@ def random_model(kind: str = "qwen2", tied: bool = True, rows: int = 97, seed: i
     config = AutoConfig.for_model(kind, vocab_size=rows, tie_word_embeddings=tied, initializer_range=0.3,
                                   bos_token_id=None, eos_token_id=0, pad_token_id=0, **sizes, **extra)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def call(stage, *args) -> None:
+    """Run a stage's main() in this process, `call(train, "--run", run)`: a tenth of a subprocess's time."""
+    argv, flash = sys.argv, torch.backends.cuda.flash_sdp_enabled()
+    sys.argv = [f"{stage.__name__}.py", *map(str, args)]
+    try:
+        stage.main()
+    finally:
+        sys.argv = argv
+        torch.backends.cuda.enable_flash_sdp(flash)
+
+
+def assert_stops(capsys, function, *args, words: tuple = ()) -> None:
+    """`function(*args)` ends with exit code 2 and one line on stderr that holds all `words`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        function(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert str(word) in lines[0], lines[0]
