@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
-from tokenize_items import parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
+from tokenize_items import codes_of, pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
 from train import prompt_ids, task_pairs
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
@@ -76,11 +76,6 @@ def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device) ->
     order = torch.argsort(item_leaf, stable=True)
     start = F.pad(torch.bincount(item_leaf, minlength=len(leaves)).cumsum(0), (1, 0))
     return Trie(first_child, level_codes, max_children, start.numpy(), order.numpy())
-
-
-def sid_codes(items: list[dict]) -> torch.Tensor:
-    """The code matrix of a catalogue, (N, L)."""
-    return torch.tensor([[parse_sid_token(t)[1] for t in item["sid"]] for item in items])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -276,8 +271,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     show.add_argument("--history", help="comma-separated item_ids: print ten recommendations and stop")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    if args.num_beams < 1 or args.batch_tokens < 1:
-        parser.error("--num-beams and --batch-tokens must be at least 1")
+    if args.num_beams < 1 or args.batch_tokens < 1 or args.limit < 0:
+        parser.error("--num-beams and --batch-tokens must be at least 1, --limit at least 0")
     return args
 
 
@@ -288,7 +283,7 @@ def pick_candidates(path: str | None, items: list[dict]) -> list[dict]:
     wanted = [row["item_id"] for row in read_jsonl(path, ("item_id",))]
     known = {item["item_id"] for item in items}
     for i in wanted:
-        if i not in known:
+        if not isinstance(i, (int, str)) or i not in known:
             stop(f"{path}: item {i!r} is not in the catalogue; leave it out")
     wanted = set(wanted)
     return [item for item in items if item["item_id"] in wanted]
@@ -320,13 +315,16 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(path, device, items)
     sid = checkpoint["sid"]
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
-    trie = build_trie(sid_codes(candidates), sid["codebook_size"], device)
+    trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device)
     semantics = run / "semantics.jsonl"
     meaning = {r["token"]: r["keywords"] for r in read_jsonl(semantics, ("token", "keywords"))} \
         if semantics.exists() else {}
 
     pairs = task_pairs("next", {"items": items, "samples": [{"target": s["history"][0], **s} for s in samples]})
     prompts = prompt_ids(tokenizer, [p for p, _ in pairs])
+    longest, limit = max(map(len, prompts)) + sid["num_levels"] - 1, getattr(model.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        stop(f"the longest prompt and its SID have {longest} tokens, the backbone reads {limit}; shorten the history")
     start = time.time()
     found = search_all(model, trie, sid_ids, prompts, args.num_beams, args.normalize, args.batch_tokens)
     seconds = time.time() - start
@@ -362,6 +360,7 @@ def main() -> None:
     write_jsonl(predictions, [{"user_id": s["user_id"], "target": s["target"], "items": r, "scores": sc}
                               for s, r, sc in zip(samples, ranked, scores)])
     metrics = Path(args.metrics or run / "metrics.jsonl")
+    metrics.parent.mkdir(parents=True, exist_ok=True)
     with open(metrics, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     print(f"wrote {metrics}, {predictions}")

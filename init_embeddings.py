@@ -25,7 +25,6 @@ Examples
 import argparse
 import hashlib
 import json
-import pickle
 import tempfile
 import time
 from pathlib import Path
@@ -35,8 +34,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from tokenize_items import (item_text, parse_sid_token, pick_device, read_catalogue, read_codebook, read_jsonl,
-                            replacing, sid_token, stop)
+from tokenize_items import (item_text, load_pt, parse_sid_token, pick_device, read_catalogue, read_jsonl, replacing,
+                            sid_token, stop)
 
 # Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 WINDOW, BATCH, LEARNING_RATE = 128, 16, 2e-3            # pretraining of the tiny backbone
@@ -90,19 +89,17 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
     With `items`, stops unless the checkpoint was made for them: its items must be the first ones, in order, with
     the same SIDs (tokenize_items.py --codebook only appends).
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = json.loads(checkpoint.pop("config")), checkpoint.pop("weights")
-        tokenizer_text, special, sid = checkpoint.pop("tokenizer"), checkpoint.pop("special"), checkpoint["sid"]
-    except FileNotFoundError:
-        stop(f"{path}: no such file; run the stage that writes it, or name another checkpoint")
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, AttributeError, ImportError, TypeError,
-            pickle.UnpicklingError) as error:
-        stop(f"{path}: not a checkpoint of this project ({type(error).__name__}); write it again")
+    checkpoint = load_pt(path, ("config", "weights", "tokenizer", "special", "sid"))
+    config, weights = json.loads(checkpoint.pop("config")), checkpoint.pop("weights")
+    tokenizer_text, special, sid = checkpoint.pop("tokenizer"), checkpoint.pop("special"), checkpoint["sid"]
     n = sid["num_items"]
     if items is not None and (len(items) < n or sid_digest(items[:n]) != sid["digest"]):
         stop(f"{path} was made for another catalogue: the SIDs of its {n} items are not those of items.jsonl; "
              "run init_embeddings.py again, or name the run it belongs to")
+    beyond = [t for item in items or () for t in item["sid"] if parse_sid_token(t)[1] >= sid["codebook_size"]]
+    if beyond:
+        stop(f"{path} knows {sid['codebook_size']} codes per level, items.jsonl holds {beyond[0]}; give new items "
+             "their SIDs with tokenize_items.py --codebook, or run init_embeddings.py again")
     config["pad_token_id"] = None                   # padding is ours, on the right: no row is special to the model
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)
@@ -201,6 +198,8 @@ def load_backbone(name: str, device: torch.device):
         stop(f"--backbone {name}: its tokenizer has no fast (JSON) form; choose a model that has one")
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token or tokenizer.pad_token
+    if tokenizer.eos_token is None:
+        stop(f"--backbone {name}: its tokenizer names no end, separator or pad token; choose a model that has one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
@@ -216,6 +215,9 @@ def check_head(model, name: str) -> None:
     ids = torch.arange(1, 9, device=model.device)[None]
     head = model.get_output_embeddings()
     hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    placed = model.base_model(ids, position_ids=torch.arange(8, device=model.device)[None], use_cache=False)
+    if not torch.allclose(placed.last_hidden_state, hidden, atol=1e-3, rtol=1e-3):      # RoBERTa's do not
+        stop(f"--backbone {name}: its positions do not count 0, 1, 2, ...; choose another model")
     if torch.allclose(model(ids, use_cache=False).logits, hidden @ head.weight.T, atol=1e-3, rtol=1e-3):
         return
     known = {id(p) for p in model.base_model.parameters()} | {id(head.weight)}
@@ -367,7 +369,7 @@ def main() -> None:
     book = Path(args.codebook or run / "codebook.pt")
     num_levels, codebook_size = len(items[0]["sid"]), 1 + max(parse_sid_token(t)[1] for t in used)
     if book.exists():
-        codebook_size = max(codebook_size, read_codebook(book)["centroids"].shape[1])
+        codebook_size = max(codebook_size, load_pt(book, ("centroids",))["centroids"].shape[1])
     semantics = args.semantics or run / "semantics.jsonl"
     if args.init == "sa":
         read_jsonl(semantics, ("token", "keywords"))                    # before the minute of pretraining
@@ -382,6 +384,10 @@ def main() -> None:
     check_tokens(tokenizer, ids)
 
     keyword_ids = read_keywords(Path(semantics), tokenizer, set(used)) if args.init == "sa" else {}
+    beyond = [t for t in keyword_ids if t[0] >= num_levels or t[1] >= codebook_size]
+    if beyond:
+        stop(f"{semantics}: {sid_token(*beyond[0])} is none of this catalogue's {num_levels} x {codebook_size} tokens; "
+             "run extract_semantics.py for this run")
     matrices = {"input": model.get_input_embeddings().weight, "head": model.get_output_embeddings().weight}
     tied = matrices["input"].data_ptr() == matrices["head"].data_ptr()
     for name, weight in list(matrices.items())[:1 if tied else 2]:

@@ -16,10 +16,9 @@ Differs from the paper
   2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the
      paper re-assigns at random (`--collision random`).
   3. K is 256 as in the paper, but smaller for catalogues of fewer than 3,072 items (K <= N / 12).
-  4. The papers keep items and users with at least five interactions: `--min-count 5`, for `interactions.jsonl`.
 
 Examples
-  python tokenize_items.py                                                         # the demo, 2 s on two cores
+  python tokenize_items.py                                                         # the demo, 4 s on two cores
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial  # 10 s on two cores
   python tokenize_items.py --encoder Qwen/Qwen3-Embedding-4B --pooling last --dim 32 --collision random
   python tokenize_items.py --run runs/demo --codebook runs/demo/codebook.pt --items new_items.jsonl
@@ -99,6 +98,20 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def load_pt(path: str | Path, keys: tuple[str, ...]) -> dict:
+    """Load one of the project's .pt files, a dict with at least `keys`; stops at anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if all(key in content for key in keys):
+            return content
+    except FileNotFoundError:
+        stop(f"{path}: no such file; run the stage that writes it, or name another file")
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, AttributeError, ImportError,
+            pickle.UnpicklingError):
+        pass                                                            # whatever the bytes suggest to torch
+    stop(f"{path}: not a file that this project wrote (no {', '.join(keys)}); write it again")
+
+
 def pick_device(name: str) -> torch.device:
     """The device that --device names, or cuda where there is one, else the cpu."""
     try:
@@ -122,6 +135,17 @@ def parse_sid_token(token: str) -> tuple[int, int]:
     return LEVELS.index(match[1]), int(match[2])
 
 
+def codes_of(items: list[dict]) -> np.ndarray:
+    """The code matrix of a catalogue, (N, L)."""
+    return np.array([[parse_sid_token(t)[1] for t in item["sid"]] for item in items])
+
+
+def spell_sids(items: list[dict], codes: np.ndarray) -> None:
+    """Write a code matrix (N, L) into the items' "sid"."""
+    for item, row in zip(items, codes.tolist()):
+        item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
+
+
 def item_text(item: dict) -> str:
     """The text that stands for an item: title and description as one sentence (section 3.2.1)."""
     return ". ".join(part for part in (item["title"].strip(), item["description"].strip()) if part)
@@ -142,19 +166,20 @@ def read_items(path: str | Path) -> list[dict]:
     return items
 
 
-def check_sid(where: str, sid, num_levels: int | None) -> None:
-    """Stop unless `sid` is a list of tokens of levels a, b, c, ...; as many as `num_levels`, where given."""
-    if not isinstance(sid, list) or not sid or num_levels not in (None, len(sid)) or any(
-            parse_sid_token(t)[0] != level for level, t in enumerate(sid)):
-        stop(f"{where} has no valid SID ({sid!r}); all need one token per level, like ['<a_12>', '<b_7>', '<c_3>']")
+def check_sids(path: str | Path, items: list[dict]) -> None:
+    """Stop unless every item's "sid" has one token for each level a, b, c, ..., as many as the first item's."""
+    for item in items:
+        sid = item.get("sid")
+        if not isinstance(sid, list) or not sid or len(sid) != len(items[0]["sid"]) or any(
+                parse_sid_token(t)[0] != level for level, t in enumerate(sid)):
+            stop(f"{path}: item {item['item_id']!r} has no valid SID ({sid!r}); all need one token per level, "
+                 "like ['<a_12>', '<b_7>', '<c_3>']")
 
 
 def read_catalogue(path: str | Path) -> list[dict]:
     """Read a run's items.jsonl: items with their "sid", all of the same number of levels."""
-    items, num_levels = read_items(path), None
-    for item in items:
-        check_sid(f"{path}: item {item['item_id']!r}", item.get("sid"), num_levels)
-        num_levels = len(item["sid"])
+    items = read_items(path)
+    check_sids(path, items)
     return items
 
 
@@ -378,17 +403,6 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
     return codes
 
 
-def read_codebook(path: str | Path) -> dict:
-    """Load a codebook.pt: "centroids" (L, K, D), "encoder", "args"."""
-    try:
-        book = torch.load(path, weights_only=True)
-        if book["centroids"].dim() == 3 and "name" in book["encoder"]:
-            return book
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
-        pass
-    stop(f"{path}: not a codebook.pt that tokenize_items.py wrote")
-
-
 def colliding(codes: np.ndarray) -> int:
     """Number of items beyond the first on each SID."""
     return len(codes) - len(np.unique(codes, axis=0))
@@ -404,10 +418,9 @@ def read_interactions(path: str | Path, known: set, timed: bool) -> list[dict]:
     for number, user in enumerate(users, 1):
         check_known(f"{path}, line {number}, items", user["items"], known)
         times = user.setdefault("timestamps", list(range(len(user["items"]))))
-        if not isinstance(times, list) or not all(isinstance(t, (int, float)) for t in times):
-            stop(f"{path}, line {number}: timestamps must be a list of numbers")
-        if len(times) != len(user["items"]) or times != sorted(times):
-            stop(f"{path}, line {number}: timestamps must be as many as items, and ascending")
+        if (not isinstance(times, list) or not all(isinstance(t, (int, float)) for t in times)
+                or len(times) != len(user["items"]) or times != sorted(times)):
+            stop(f"{path}, line {number}: timestamps must be a list of numbers, as many as items, and ascending")
     return users
 
 
@@ -527,9 +540,9 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
     twice = {item["item_id"] for item in old} & {item["item_id"] for item in new}
     if twice:
         stop(f"{args.items}: item_id {sorted(twice, key=str)[0]!r} has a SID already in {path}; leave it out")
-    book = read_codebook(args.codebook)
+    book = load_pt(args.codebook, ("centroids", "encoder"))
     centroids, encoder = book["centroids"], book["encoder"]
-    codes = np.array([[parse_sid_token(t)[1] for t in i["sid"]] for i in old])
+    codes = codes_of(old)
     if len(centroids) != codes.shape[1] or codes.max() >= centroids.shape[1]:
         stop(f"{args.codebook} holds {centroids.shape[0]} x {centroids.shape[1]} codes, {path} needs "
              f"{codes.shape[1]} x {codes.max() + 1}; name the run's own one")
@@ -537,23 +550,10 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
     codes = np.concatenate([codes, fresh.numpy()])
     residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals.numpy()])
     codes = resolve_collisions(codes, residuals, centroids[-1].numpy(), args.collision, args.seed, len(old))
-    for item, row in zip(new, codes[len(old):]):
-        item["sid"] = [sid_token(l, int(c)) for l, c in enumerate(row)]
+    spell_sids(new, codes[len(old):])
     write_jsonl(path, old + new)
     print(f"wrote {path}: {len(old)} items as they were, {len(new)} new ones, e.g. "
           f"{new[0]['item_id']!r} {''.join(new[0]['sid'])} {new[0]['title']!r}")
-
-
-def given_sids(path: str, items: list[dict]) -> list[list[str]]:
-    """The SIDs of `--sids FILE` in the order of the catalogue."""
-    sids = {str(row["item_id"]): row["sid"] for row in read_jsonl(path, ("item_id", "sid"))}
-    num_levels = None
-    for item in items:
-        if str(item["item_id"]) not in sids:
-            stop(f"{path}: no SID for item {item['item_id']!r}")
-        check_sid(f"{path}: item {item['item_id']!r}", sids[str(item["item_id"])], num_levels)
-        num_levels = len(sids[str(item["item_id"])])
-    return [sids[str(item["item_id"])] for item in items]
 
 
 def main() -> None:
@@ -570,9 +570,11 @@ def main() -> None:
           + ", ".join(f"{len(samples)} {name}" for name, samples in split.items()))
 
     if args.sids:
-        sids, codebook = given_sids(args.sids, items), None
-        codes = np.array([[parse_sid_token(t)[1] for t in sid] for sid in sids])
-        print(f"SIDs from {args.sids}: collisions {colliding(codes)}, kept; no codebook.pt")
+        given, codebook = {str(r["item_id"]): r["sid"] for r in read_jsonl(args.sids, ("item_id", "sid"))}, None
+        for item in items:
+            item["sid"] = given.get(str(item["item_id"]))
+        check_sids(args.sids, items)
+        print(f"SIDs from {args.sids}: collisions {colliding(codes_of(items))}, kept; no codebook.pt")
     else:
         texts = [item_text(item) for item in items]
         encoder = fit_lsa(texts) if args.encoder == "lsa" else {
@@ -590,11 +592,9 @@ def main() -> None:
                                    args.collision, args.seed)
         print(f"collisions {colliding(raw)} of {len(items)} items before, {colliding(codes)} after "
               f"({args.collision} free last code)")
-        sids = [[sid_token(l, int(c)) for l, c in enumerate(row)] for row in codes]
+        spell_sids(items, codes)
         codebook = {"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}
 
-    for item, sid in zip(items, sids):
-        item["sid"] = sid
     if codebook is None:
         (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
     else:

@@ -429,7 +429,7 @@ def test_given_sids_keep_their_collisions(toy_data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mangle, words", [
-    (lambda rows: rows[:-1], ("no SID", "59")),
+    (lambda rows: rows[:-1], ("no valid SID (None)", "59")),
     (lambda rows: [{**r, "sid": ["<a_1>", "<q_1>"]} for r in rows], ("'<q_1>'",)),
     (lambda rows: [{**r, "sid": r["sid"][:2] if r["item_id"] else r["sid"]} for r in rows], ("1",)),
     (lambda rows: [{**r, "sid": r["sid"][::-1]} for r in rows], ("0",)),
@@ -588,11 +588,12 @@ def test_a_catalogue_without_valid_sids_is_refused(tmp_path, capsys):
         assert_stops(capsys, stage.read_catalogue, path)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
+@pytest.mark.parametrize("error, raised", [(ValueError, ValueError), (KeyboardInterrupt, KeyboardInterrupt),
+                                            (RuntimeError, SystemExit)])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, error, raised):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(error), stage.replacing(path) as temporary:
+    with pytest.raises(raised), stage.replacing(path) as temporary:
         temporary.write_text("half of the n")
         raise error
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
