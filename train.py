@@ -22,6 +22,7 @@ Examples
 """
 import argparse
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ PRESETS = {
     "hf": dict(tasks=",".join(TASKS), epochs=3, lr=3e-4, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
                evals_per_epoch=4, max_response=256, micro_tokens=16384),
     "tiny": dict(tasks="next,title2sid,sid2title,text2token,token2text", epochs=8, lr=1.5e-3, batch_size=64,
-                 warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1, max_response=128, micro_tokens=4096),
+                 warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1, max_response=128, micro_tokens=3072),
 }
 
 
@@ -336,6 +337,7 @@ def main() -> None:
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")      # its CPU backward is slow on short prompts
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else gigabytes of kernels, one per shape
     run = Path(args.run)
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
