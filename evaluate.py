@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
@@ -58,43 +59,78 @@ class Trie(NamedTuple):
 
 
 def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device) -> Trie:
-    """Build the trie of a code matrix, (N, L) -> Trie, in O(N log N) time and O(N) memory."""
+    """Build the trie of a code matrix, (N, L) -> Trie: one sort, O(N) memory."""
     num_levels = codes.shape[1]
     if codebook_size ** num_levels > 2 ** 62:
         stop(f"{num_levels} levels of {codebook_size} codes do not fit one 64-bit key; use fewer")
     key = torch.zeros(len(codes), dtype=torch.long)
     for level in range(num_levels):
         key = key * codebook_size + codes[:, level]
-    leaves, item_leaf = torch.unique(key, return_inverse=True)          # sorted
-    first_child, level_codes, max_children, nodes = [], [], [], leaves
+    key, order = key.sort(stable=True)                                  # catalogue order within a leaf
+    nodes, items = torch.unique_consecutive(key, return_counts=True)
+    first_child, level_codes, max_children = [], [], []
     for _ in range(num_levels):                                         # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
-        level_codes.insert(0, (nodes % codebook_size).to(device))
-        first_child.insert(0, F.pad(counts.cumsum(0), (1, 0)).to(device))
+        level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
+        first_child.insert(0, F.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32))
         max_children.insert(0, int(counts.max()))
         nodes = parents
-    order = torch.argsort(item_leaf, stable=True)
-    start = F.pad(torch.bincount(item_leaf, minlength=len(leaves)).cumsum(0), (1, 0))
-    return Trie(first_child, level_codes, max_children, start.numpy(), order.numpy())
+    return Trie(first_child, level_codes, max_children, F.pad(items.cumsum(0), (1, 0)).numpy(), order.numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The search
 # ---------------------------------------------------------------------------------------------------------
 
+def any_allowed(trie: Trie, depth: int, nodes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Whether any leaf below each node of that depth is allowed; nodes (B, W, M), counts (B, leaves + 1).
+
+    The leaves below a node are neighbours, so prefix sums of `allowed` count the live ones below any node at any
+    depth: a filter costs one cumsum per search and leaves the trie as it is.
+    """
+    low, high = nodes, nodes + 1
+    for first_child in trie.first_child[depth:]:
+        low, high = first_child[low], first_child[high]
+    below, until = (counts.gather(1, n.flatten(1).long()) for n in (low, high))
+    return (until > below).view_as(nodes)
+
+
 def expand(trie: Trie, level: int, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor,
-           normalize: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score all children of all beams; nodes, scores (B, W), logits (B, W, K) -> children, scores (B, W, M)."""
+           normalize: str, counts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score all children of all beams; nodes, scores (B, W), logits (B, W, K) -> children, scores (B, W, M).
+
+    Slots beyond a node's children, and children without an allowed leaf (see any_allowed), score -inf.
+    """
     start = trie.first_child[level][nodes]
     slot = torch.arange(trie.max_children[level], device=nodes.device)
     live = slot < (trie.first_child[level][nodes + 1] - start)[..., None]
     children = torch.where(live, start[..., None] + slot, 0)
+    if counts is not None:
+        live = live & any_allowed(trie, level + 1, children, counts)
     if normalize == "level":
         logits = logits.log_softmax(-1)
-    gain = logits.gather(-1, trie.codes[level][children]).masked_fill(~live, -torch.inf)
+    gain = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
     if normalize == "trie":
-        gain = gain.log_softmax(-1)
+        gain = gain.log_softmax(-1).masked_fill(~live, -torch.inf)      # no child alive: -inf, not NaN
     return children, scores[..., None] + gain
+
+
+def add_gumbel(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """x plus standard Gumbel noise; the generator lives on x's device."""
+    return x - torch.empty_like(x).exponential_(generator=generator).clamp_(min=2 ** -25).log()
+
+
+def perturb(scores: torch.Tensor, parent: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gumbel-perturbed scores of all children; scores (B, W, M), the beams' own perturbed ones (B, W) -> (B, W, M).
+
+    Kool, van Hoof and Welling 2019 (arXiv 1903.06059), algorithm 1: the largest of a node's children must equal the
+    node's own perturbed score G. Free noise gives g with maximum Z; conditioned, in stable form (appendix B.3),
+        v = G - g + log(1 - exp(g - Z)),    G_child = G - max(0, v) - log(1 + exp(-|v|)).
+    """
+    free = add_gumbel(scores, generator)
+    v = parent[..., None] - free + torch.log(-torch.expm1(free - free.amax(-1, keepdim=True)))
+    bound = parent[..., None] - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
+    return bound.masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def tree_mask(lengths: torch.Tensor, width: int, ancestors: list[torch.Tensor], slots: list[int]) -> torch.Tensor:
@@ -106,48 +142,58 @@ def tree_mask(lengths: torch.Tensor, width: int, ancestors: list[torch.Tensor], 
     batch, beams = ancestors[0].shape
     prompt = torch.arange(width, device=lengths.device) < lengths[:, None]
     parts = [prompt[:, None].expand(batch, beams, width)]
-    parts += [F.one_hot(a, n).bool() for a, n in zip(ancestors, slots)]
+    parts += [a[..., None] == torch.arange(n, device=a.device) for a, n in zip(ancestors, slots)]
     return torch.cat(parts, -1)[:, None]
 
 
 @torch.no_grad()
 def beam_search(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int]], num_beams: int,
-                normalize: str = "trie") -> tuple[torch.Tensor, torch.Tensor]:
+                normalize: str = "trie", allowed: torch.Tensor | None = None, sample: torch.Generator | None = None,
+                temperature: float = 1.0) -> tuple[torch.Tensor, ...]:
     """The `num_beams` best SIDs of each prompt under the trie, best first; -> leaves (B, W), scores (B, W).
 
     L forward passes: the prompts, then one per further level with a token per beam. A catalogue (or a part of
     it) with fewer SIDs than beams leaves scores of -inf at the end of a row: those are not results.
+
+    `allowed` (B or 1, leaves), bool: only these SIDs exist for that prompt; probabilities are over what is left.
+    `sample`, a generator on the model's device: W distinct SIDs drawn without replacement from the policy at
+    `temperature`, in the order of the draws; scores are their log-probabilities, a third result (B, W) their
+    perturbed scores. Weights exp(score) / (1 - exp(-exp(score - t))), t the last perturbed score, make a sum over
+    all draws but the last an unbiased mean. Only for normalize="trie": there the policy sums to one.
     """
-    device = trie.codes[0].device
-    lengths = torch.tensor([len(p) for p in prompts])
-    width = int(lengths.max())
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, p in enumerate(prompts):
-        ids[row, :len(p)] = torch.tensor(p)
-    ids, lengths = ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+    if sample is not None and normalize != "trie":
+        raise ValueError('sampling needs normalize="trie": at "level" the trie\'s SIDs do not sum to one')
+    device, num_levels = trie.codes[0].device, len(trie.codes)
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)      # (B, T), zeros behind
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
     head = model.get_output_embeddings().weight
+    counts = None if allowed is None else F.pad(
+        allowed.to(device).cumsum(1, dtype=torch.int32), (1, 0)).expand(len(prompts), -1)
 
     with autocast(device):
         out = model.base_model(input_ids=ids, use_cache=True)
     hidden = out.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1][:, None]  # (B, 1, D)
     nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
     scores = torch.zeros(len(prompts), 1, device=device)
+    perturbed = scores if sample is None else add_gumbel(scores, sample)
     ancestors, slots = [], []
-    for level in range(len(trie.codes)):
-        logits = hidden.float() @ head[sid_ids[level]].float().T                     # (B, W, K)
-        children, total = expand(trie, level, nodes, scores, logits, normalize)
-        beams = min(num_beams, total[0].numel())
-        scores, best = total.flatten(1).topk(beams)
+    for level in range(num_levels):
+        logits = hidden.float() @ head[sid_ids[level]].float().T / temperature       # (B, W, K)
+        children, total = expand(trie, level, nodes, scores, logits, normalize, counts)
+        rank_by = total if sample is None else perturb(total, perturbed, sample)
+        beams = min(num_beams, total[0].numel(), len(trie.codes[level]))
+        perturbed, best = rank_by.flatten(1).topk(beams)
+        scores = total.flatten(1).gather(1, best)
         nodes = children.flatten(1).gather(1, best)                                  # (B, W)
-        if level + 1 == len(trie.codes):
-            return nodes, scores
+        if level + 1 == num_levels:
+            return (nodes, scores) if sample is None else (nodes, scores, perturbed)
         parent = best // trie.max_children[level]
         ancestors = [a.gather(1, parent) for a in ancestors] + [torch.arange(beams, device=device).expand_as(nodes)]
         slots.append(beams)
         with autocast(device):
             out = model.base_model(
                 input_ids=sid_ids[level][trie.codes[level][nodes]], past_key_values=out.past_key_values,
-                attention_mask=tree_mask(lengths, width, ancestors, slots),
+                attention_mask=tree_mask(lengths, ids.shape[1], ancestors, slots),
                 position_ids=(lengths[:, None] + level).expand_as(nodes), use_cache=True)
         hidden = out.last_hidden_state                                               # (B, W, D)
 
@@ -162,18 +208,40 @@ def length_batches(prompts: list[list[int]], max_tokens: int) -> list[list[int]]
     return batches
 
 
+def leaf_filter(trie: Trie, excluded: list[list[int]]) -> torch.Tensor:
+    """Which SIDs each user has left without those catalogue rows: any that names another item; -> (B, leaves)."""
+    keep = np.ones((len(excluded), len(trie.leaf_items)), dtype=bool)
+    for user, rows in enumerate(excluded):
+        keep[user, rows] = False
+    return torch.from_numpy(np.logical_or.reduceat(keep[:, trie.leaf_items], trie.leaf_start[:-1], axis=1))
+
+
 def search_all(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int]], num_beams: int, normalize: str,
-               batch_tokens: int) -> list[list[tuple[int, float]]]:
-    """Beam search for every prompt; per prompt its (leaf, score) pairs, best first."""
+               batch_tokens: int, excluded: list[list[int]] | None = None) -> list[list[tuple[int, float]]]:
+    """Beam search for every prompt, less the catalogue rows `excluded` for it; (leaf, score) pairs, best first."""
     results: list = [None] * len(prompts)
     model.eval()
     with tqdm(total=len(prompts), desc="search", unit="user", disable=None) as bar:
         for rows in length_batches(prompts, batch_tokens):
-            leaves, scores = beam_search(model, trie, sid_ids, [prompts[r] for r in rows], num_beams, normalize)
+            batch = [prompts[r] for r in rows]
+            allowed = leaf_filter(trie, [excluded[r] for r in rows]) if excluded else None
+            leaves, scores = beam_search(model, trie, sid_ids, batch, num_beams, normalize, allowed)
             for row, leaf, score in zip(rows, leaves.tolist(), scores.tolist()):
                 results[row] = [(n, s) for n, s in zip(leaf, score) if s > -math.inf]
             bar.update(len(rows))
     return results
+
+
+def name_items(trie: Trie, candidates: list[dict], found: list, skip: list[set]) -> tuple[list, list, list]:
+    """Per user the item_ids behind the leaves found, but those to `skip`; their scores; the leaves' SIDs."""
+    ranked, scores, sids, start = [], [], [], trie.leaf_start
+    for pairs, no in zip(found, skip):
+        items = [(candidates[r], score)
+                 for leaf, score in pairs for r in trie.leaf_items[start[leaf]:start[leaf + 1]]]
+        ranked.append([item["item_id"] for item, _ in items if item["item_id"] not in no])
+        scores.append([score for item, score in items if item["item_id"] not in no])
+        sids.append(list(dict.fromkeys(tuple(item["sid"]) for item, _ in items)))
+    return ranked, scores, sids
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -214,6 +282,15 @@ def bigram_rankings(train: list[dict], samples: list[dict], popular: list, depth
     return rankings
 
 
+def yardsticks(train: list[dict], samples: list[dict], candidates: list[dict], skip: list[set], depth: int) -> dict:
+    """Both rankings per user, `depth` items each, without what that user is to `skip`."""
+    popular, more = popularity_ranking(train, candidates), depth + max(map(len, skip))
+    rankings = {"popularity": [popular[:more]] * len(samples),
+                "bigram": bigram_rankings(train, samples, popular, more)}
+    return {name: [[i for i in ranking if i not in no][:depth] for ranking, no in zip(per_user, skip)]
+            for name, per_user in rankings.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------
@@ -243,7 +320,8 @@ def show_user(sample: dict, ranked: list, scores: list[float], items: dict, mean
         print(f"  {rank:>2} {score:>6.2f} {describe(items[i], meaning)}{mark}")
     if "target" in sample:
         rank = rank_of(sample["target"], ranked)
-        print(f"target: {'rank ' + str(rank) if rank else 'not found'}, {describe(items[sample['target']], meaning)}\n")
+        place = f"rank {rank}" if rank else "not found"
+        print(f"target: {place}, {describe(items[sample['target']], meaning)}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -264,6 +342,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     search.add_argument("--normalize", choices=("trie", "level"), default="trie",
                         help="what a level's probabilities sum to one over: a node's children, or all K codes")
     search.add_argument("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
+    search.add_argument("--exclude-history", action="store_true",
+                        help="never recommend an item of the history; the data repeat items, so figures may drop")
     search.add_argument("--batch-tokens", type=int, default=16384, help="prompt tokens per batch, padding included")
     search.add_argument("--limit", type=int, default=0, help="only the first so many samples; 0 for all")
     show = parser.add_argument_group("in words")
@@ -299,6 +379,18 @@ def read_history(text: str, items: list[dict]) -> dict:
     return {"user_id": "you", "history": [by_name[name] for name in names]}
 
 
+def write_results(args: argparse.Namespace, rows: list[dict], samples: list[dict], ranked: list, scores: list):
+    """Append a line per method to metrics.jsonl, replace predictions.jsonl."""
+    predictions = Path(args.predictions or Path(args.run) / "predictions.jsonl")
+    write_jsonl(predictions, [{"user_id": s["user_id"], "target": s["target"], "items": r, "scores": sc}
+                              for s, r, sc in zip(samples, ranked, scores)])
+    metrics = Path(args.metrics or Path(args.run) / "metrics.jsonl")
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with open(metrics, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"wrote {metrics}, {predictions}")
+
+
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
@@ -313,6 +405,8 @@ def main() -> None:
         train = read_samples(run / "train.jsonl", set(by_id))
     path = Path(args.checkpoint or run / "sft.pt")
     model, tokenizer, checkpoint = load_model(path, device, items)
+    if device.type == "cuda":
+        model.to(torch.bfloat16)                                        # scores are still computed in float32
     sid = checkpoint["sid"]
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device)
@@ -322,48 +416,40 @@ def main() -> None:
 
     pairs = task_pairs("next", {"items": items, "samples": [{"target": s["history"][0], **s} for s in samples]})
     prompts = prompt_ids(tokenizer, [p for p, _ in pairs])
-    longest, limit = max(map(len, prompts)) + sid["num_levels"] - 1, getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts)) + sid["num_levels"] - 1
+    limit = getattr(model.config, "max_position_embeddings", None)
     if limit and longest > limit:
-        stop(f"the longest prompt and its SID have {longest} tokens, the backbone reads {limit}; shorten the history")
+        stop(f"the longest prompt and SID have {longest} tokens, the backbone reads {limit}; shorten the history")
+    skip = [set(s["history"]) if args.exclude_history else set() for s in samples]
+    row_of = {item["item_id"]: row for row, item in enumerate(candidates)}
+    excluded = [[row_of[i] for i in no if i in row_of] for no in skip] if args.exclude_history else None
     start = time.time()
-    found = search_all(model, trie, sid_ids, prompts, args.num_beams, args.normalize, args.batch_tokens)
+    found = search_all(model, trie, sid_ids, prompts, args.num_beams, args.normalize, args.batch_tokens, excluded)
     seconds = time.time() - start
-    ranked, ranked_sids, scores = [], [], []
-    for pairs_ in found:
-        rows = [(int(r), s) for leaf, s in pairs_ for r in trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]]
-        ranked.append([candidates[r]["item_id"] for r, _ in rows])
-        scores.append([s for _, s in rows])
-        ranked_sids.append([tuple(candidates[trie.leaf_items[trie.leaf_start[leaf]]]["sid"]) for leaf, _ in pairs_])
+    ranked, scores, ranked_sids = name_items(trie, candidates, found, skip)
     if args.history:
         return show_user(samples[0], ranked[0], scores[0], by_id, meaning)
 
     cutoffs = tuple(k for k in CUTOFFS if k <= args.num_beams)
-    base = {"task": "next", "split": args.split, "n": len(samples), "num_beams": args.num_beams}
+    base = {"task": "next", "split": args.split, "n": len(samples), "num_beams": args.num_beams,
+            "exclude_history": args.exclude_history}
     targets = [s["target"] for s in samples]
-    popular = popularity_ranking(train, candidates)
-    bigram = bigram_rankings(train, samples, popular, args.num_beams)
-    lists = [("popularity", "item", targets, [popular[:args.num_beams]] * len(samples), 0.0),
-             ("bigram", "item", targets, bigram, 0.0), (path.name, "item", targets, ranked, seconds)]
+    lists = [(name, "item", targets, rankings, 0.0)
+             for name, rankings in yardsticks(train, samples, candidates, skip, args.num_beams).items()]
+    lists.append((path.name, "item", targets, ranked, seconds))
     if len(trie.leaf_start) - 1 < len(candidates):
         lists.append((path.name, "sid", [tuple(by_id[t]["sid"]) for t in targets], ranked_sids, seconds))
     rows = []
     for method, level, wanted, lists_, took in lists:
         ranks = [rank_of(t, r) for t, r in zip(wanted, lists_)]
-        rows.append({"method": method, **base, "level": level, **rank_metrics(ranks, cutoffs), "seconds": round(took, 2)})
+        rows.append({"method": method, **base, "level": level, **rank_metrics(ranks, cutoffs),
+                     "seconds": round(took, 2)})
     for sample, r, s in list(zip(samples, ranked, scores))[:args.show]:
         show_user(sample, r, s, by_id, meaning)
-    print(f"{len(samples)} {args.split} users | {len(candidates)} items | {args.num_beams} beams | device {device} | "
-          f"{seconds:.1f} s, {len(samples) / seconds:.0f} users/s")
+    print(f"{len(samples)} {args.split} users | {len(candidates)} items | {args.num_beams} beams | "
+          f"device {device} | {seconds:.1f} s, {len(samples) / seconds:.0f} users/s")
     print_table(rows, tuple(k for k in cutoffs if k in (1, 3, 5, 10)))
-
-    predictions = Path(args.predictions or run / "predictions.jsonl")
-    write_jsonl(predictions, [{"user_id": s["user_id"], "target": s["target"], "items": r, "scores": sc}
-                              for s, r, sc in zip(samples, ranked, scores)])
-    metrics = Path(args.metrics or run / "metrics.jsonl")
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with open(metrics, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"wrote {metrics}, {predictions}")
+    write_results(args, rows, samples, ranked, scores)
 
 
 if __name__ == "__main__":
