@@ -31,7 +31,7 @@ def log_policy(model, codes, sid_ids, prompt, temperature: float = 1.0) -> torch
 
 
 def draw(model, codes, sid_ids, prompt, count: int, users: int, seed: int = 0, temperature: float = 1.0):
-    """Sample for many users with one prompt -> items, their log-probabilities, perturbed scores, each (users, G)."""
+    """Sample for many users with one prompt -> items, their log-probabilities, perturbed scores; all (users, G)"""
     trie = build_trie(codes, K, CPU)
     leaves, scores, perturbed = beam_search(model, trie, sid_ids, [prompt] * users, count, sample=generator(seed),
                                             temperature=temperature)
@@ -290,7 +290,8 @@ def test_edges(name):
     allowed[3] = torch.arange(len(codes)) == len(codes) - 1             # candidates that leave a user a single item
     for extra, given in ((0, None), (5, None), (5, allowed)):
         for noise in (None, generator(1)):
-            leaves, scores, *_ = beam_search(model, trie, sid_ids, prompts, len(codes) + extra, "trie", given, noise)
+            count = len(codes) + extra
+            leaves, scores, *_ = beam_search(model, trie, sid_ids, prompts, count, "trie", given, noise)
             assert leaves.shape == scores.shape == (len(prompts), len(codes))
             for user in range(len(prompts)):
                 if given is not None and user == 3:
