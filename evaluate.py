@@ -3,8 +3,8 @@
 The search reads each prompt once. Beams are query positions of one sequence: a 4-D mask lets each beam token see
 its user's prompt and its own ancestors, so the prompt's KV cache is never copied and nothing is re-ordered.
 Logits are taken against the K rows of the level only. Given a generator, the same search draws SIDs without
-replacement (stochastic beam search, Kool et al. 2019, arXiv 1903.06059). TS-Rec (arXiv 2602.22632), section 5.1.2: full ranking,
-20 beams, K = 3, 5, 10. With one relevant item HR@K = Recall@K and NDCG@K = 1 / log2(rank + 1) for rank <= K.
+replacement (stochastic beam search, Kool et al. 2019, arXiv 1903.06059). TS-Rec (arXiv 2602.22632), section 5.1.2:
+full ranking, 20 beams, K = 3, 5, 10. With one relevant item HR@K = Recall@K, NDCG@K = 1 / log2(rank + 1).
 
 Reads   RUN/sft.pt (or --checkpoint), RUN/items.jsonl, RUN/test.jsonl (or valid), RUN/train.jsonl (yardsticks),
         RUN/semantics.jsonl (meanings of tokens, where it exists)
