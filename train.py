@@ -67,8 +67,8 @@ TASKS = {
 PRESETS = {
     "hf": dict(tasks=",".join(TASKS), epochs=3, lr=3e-4, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
                evals_per_epoch=4, max_response=256, micro_tokens=16384),
-    "tiny": dict(tasks="next,title2sid,sid2title,text2token,token2text", epochs=8, lr=1.5e-3, batch_size=64,
-                 warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1, max_response=128, micro_tokens=3072),
+    "tiny": dict(tasks="next,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6, lr=1.5e-3, batch_size=64,
+                 warmup=100, dropout=0.0, weight_decay=0.01, evals_per_epoch=1, max_response=128, micro_tokens=3072),
 }
 
 
@@ -116,9 +116,11 @@ class Example(NamedTuple):
     task: str
     ids: list[int]
     start: int
+    weight: float = 1.0                 # of each of its supervised tokens
 
 
-def encode_examples(tokenizer, name: str, pairs: list[tuple[str, str]], max_response: int) -> list[Example]:
+def encode_examples(tokenizer, name: str, pairs: list[tuple[str, str]], max_response: int,
+                    weight: float = 1.0) -> list[Example]:
     """Tokenise a task's pairs. EOS ends a text response, unless it was cut to `max_response` tokens; prompts are
     never cut."""
     if not pairs:
@@ -127,7 +129,7 @@ def encode_examples(tokenizer, name: str, pairs: list[tuple[str, str]], max_resp
     prompts = prompt_ids(tokenizer, [p for p, _ in pairs])
     responses = tokenizer([r for _, r in pairs], add_special_tokens=False).input_ids
     most = max_response if TASKS[name].text else None                   # a SID is never cut
-    return [Example(name, prompt + (response + end)[:most], len(prompt))
+    return [Example(name, prompt + (response + end)[:most], len(prompt), weight)
             for prompt, response in zip(prompts, responses)]
 
 
@@ -154,6 +156,22 @@ def micro_batches(examples: list[Example], micro_tokens: int) -> list[list[Examp
             pieces.append([])
         pieces[-1].append(e)
     return pieces
+
+
+def parse_tasks(text: str) -> dict[str, float]:
+    """Read task names with optional weights of their supervised tokens: "next,sid2title:0.1"."""
+    tasks = {}
+    for part in text.split(","):
+        name, _, weight = part.partition(":")
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a task; choose from {', '.join(TASKS)}")
+        try:
+            tasks[name] = float(weight or 1)
+        except ValueError:
+            tasks[name] = 0.0
+        if not 0 < tasks[name] < math.inf:
+            raise argparse.ArgumentTypeError(f"{part!r}: a weight is a number above 0, as in {name}:0.5")
+    return tasks
 
 
 def epoch_batches(examples: list[Example], batch_size: int, rng: random.Random) -> list[list[Example]]:
@@ -224,14 +242,15 @@ def validation_loss(model, examples: list[Example], args: argparse.Namespace) ->
 
 
 def train_step(model, optimizer, batch: list[Example], args: argparse.Namespace) -> tuple[float, float]:
-    """One update on one batch, whatever its micro-batches; returns loss per supervised token, gradient norm."""
-    supervised = sum(len(e.ids) - e.start for e in batch)
+    """One update on one batch, whatever its micro-batches; returns weighted loss per token, gradient norm."""
+    supervised = sum(e.weight * (len(e.ids) - e.start) for e in batch)
     total = torch.zeros((), device=model.device)
     optimizer.zero_grad(set_to_none=True)
     for piece in micro_batches(batch, args.micro_tokens):
         ids, labels = collate(piece, model.device)
+        weights = torch.tensor([e.weight for e in piece for _ in e.ids[e.start:]], device=model.device)     # (S,)
         with autocast(model.device, args.precision):
-            loss = response_loss(model, ids, labels).sum() / supervised
+            loss = (response_loss(model, ids, labels) * weights).sum() / supervised
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -300,7 +319,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
     files.add_argument("--out", help="instead of RUN/sft.pt")
     method = parser.add_argument_group("method (default: by backbone, see PRESETS)")
-    method.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}")
+    method.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}; "
+                        "name:0.5 gives each supervised token of a task that weight")
     method.add_argument("--epochs", type=int, help="passes over all examples")
     method.add_argument("--lr", type=float, help="peak learning rate")
     method.add_argument("--batch-size", type=int, help="examples per update")
@@ -326,9 +346,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= (args.dropout or 0) < 1:
         parser.error("--dropout must be at least 0 and less than 1")
-    for name in args.tasks.split(",") if args.tasks is not None else ():
-        if name not in TASKS:
-            parser.error(f"--tasks: {name!r} is not a task; choose from {', '.join(TASKS)}")
+    if args.tasks is not None:
+        try:
+            parse_tasks(args.tasks)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--tasks: {error}")
     return args
 
 
@@ -346,19 +368,19 @@ def main() -> None:
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.backbone = checkpoint["args"].get("backbone")
-    names = args.tasks.split(",")
+    weights = parse_tasks(args.tasks)
 
     known = {item["item_id"] for item in items}
     data = {"items": items, "samples": read_samples(run / "train.jsonl", known),
             "tokens": read_jsonl(run / "semantics.jsonl", ("token", "description"))
-            if any(TASKS[n].source == "tokens" for n in names) else []}
+            if any(TASKS[n].source == "tokens" for n in weights) else []}
     train = []
-    for name in names:
-        examples = encode_examples(tokenizer, name, task_pairs(name, data), args.max_response)
+    for name, weight in weights.items():
+        examples = encode_examples(tokenizer, name, task_pairs(name, data), args.max_response, weight)
         if not examples:
             stop(f"--tasks: {name} has no examples in this run; leave it out")
         print(f"task {name:>16} | {len(examples)} examples | {sum(len(e.ids) for e in examples)} tokens | "
-              f"{sum(len(e.ids) - e.start for e in examples)} supervised")
+              f"{sum(len(e.ids) - e.start for e in examples)} supervised, weight {weight:g}")
         show_example(tokenizer, examples[0])
         train += examples
     valid_data = {"items": items, "samples": read_samples(run / "valid.jsonl", known)}

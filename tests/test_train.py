@@ -226,6 +226,21 @@ def test_micro_batches_do_not_change_the_update():
             assert torch.allclose(weight, results[0][2][name], atol=1e-6), name
 
 
+def test_task_weights_by_hand():
+    """A batch's loss is sum(w * nll) / sum(w) over its supervised tokens, whatever its micro-batches."""
+    assert stage.parse_tasks("next,sid2title:0.25") == {"next": 1.0, "sid2title": 0.25}
+    weighted = [e._replace(weight=[1.0, 0.25, 3.0][n % 3]) for n, e in enumerate(ragged(9))]
+    total = count = 0.0
+    for e in weighted:
+        losses = naive_losses(random_model(), [e])
+        total, count = total + e.weight * losses.sum().item(), count + e.weight * len(losses)
+    for micro_tokens in (10 ** 9, 40):
+        model = random_model()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss, _ = stage.train_step(model, sgd, weighted, settings(micro_tokens=micro_tokens, clip=1e9))
+        assert loss == pytest.approx(total / count, abs=1e-5)
+
+
 def test_gradients_are_clipped():
     model, before = random_model(), random_model()
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -446,7 +461,8 @@ def test_as_a_user_sees_it(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--no-such-flag"], ["--precision", "half"], ["--epochs", "0"], ["--batch-size", "0"], ["--evals-per-epoch", "0"],
-    ["--log-every", "0"], ["--patience", "0"], ["--max-response", "0"], ["--micro-tokens", "0"], ["--dropout", "1"]])
+    ["--log-every", "0"], ["--patience", "0"], ["--max-response", "0"], ["--micro-tokens", "0"], ["--dropout", "1"],
+    ["--tasks", "nxt"], ["--tasks", "next:0"], ["--tasks", "next:-1"], ["--tasks", "next:x"], ["--tasks", "next:inf"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)
@@ -457,5 +473,5 @@ def test_presets_set_what_the_flags_leave_open():
     open_flags = {k for k, v in vars(stage.parse_args([])).items() if v is None} - {"start", "out"}
     for name, preset in stage.PRESETS.items():
         assert open_flags <= set(preset), name
-        assert set(preset["tasks"].split(",")) <= set(stage.TASKS)
+        assert set(stage.parse_tasks(preset["tasks"])) <= set(stage.TASKS)
     assert stage.parse_args(["--lr", "7"]).lr == 7
