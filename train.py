@@ -13,11 +13,12 @@ Writes  RUN/sft.pt (the weights with the lowest validation loss), RUN/sft_log.js
 Differs from the paper
   1. The loss is the mean over the supervised tokens of a whole batch, however it is cut into micro-batches.
   2. A response that is a text ends with EOS; one that is a SID or a SID token does not: its length is fixed.
-  3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, dropout.
+  3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, and a tenth of
+     the weight for tokens of titles and descriptions, which are more than half of all supervised tokens.
 
 Examples
-  python train.py                                                  # the demo
-  python train.py --run runs/industrial
+  python train.py                                                  # the demo, @A@ on two cores
+  python train.py --run runs/industrial                            # @B@ on two cores
   python train.py --run runs/qwen --micro-tokens 32768             # Qwen2.5-1.5B on a GPU: the paper's settings
 """
 import argparse
