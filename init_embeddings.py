@@ -19,7 +19,7 @@ Differs from the paper
   3. An untied LM head gets the same treatment in its own space.
 
 Examples
-  python init_embeddings.py                                             # the demo, 1 minute on two cores
+  python init_embeddings.py                                             # the demo, 1 to 2 minutes on two cores
   python init_embeddings.py --run runs/qwen --backbone Qwen/Qwen2.5-1.5B --sa-norm vocab
 """
 import argparse

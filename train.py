@@ -17,8 +17,8 @@ Differs from the paper
      the weight for tokens of titles and descriptions, which are more than half of all supervised tokens.
 
 Examples
-  python train.py                                                  # the demo, @A@ on two cores
-  python train.py --run runs/industrial                            # @B@ on two cores
+  python train.py                                                  # the demo, 4 minutes on two cores
+  python train.py --run runs/industrial                            # 33 minutes on one core
   python train.py --run runs/qwen --micro-tokens 32768             # Qwen2.5-1.5B on a GPU: the paper's settings
 """
 import argparse
