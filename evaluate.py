@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
 from tokenize_items import codes_of, pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
-from train import prompt_ids, task_pairs
+from train import length_batches, prompt_ids, task_pairs
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
 # node, N items, D width.
@@ -197,16 +197,6 @@ def beam_search(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int
                 attention_mask=tree_mask(lengths, ids.shape[1], ancestors, slots),
                 position_ids=(lengths[:, None] + level).expand_as(nodes), use_cache=True)
         hidden = out.last_hidden_state                                               # (B, W, D)
-
-
-def length_batches(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Rows of prompts of similar length, at most `max_tokens` tokens each, padding included."""
-    batches: list[list[int]] = [[]]
-    for row in sorted(range(len(prompts)), key=lambda r: len(prompts[r])):
-        if batches[-1] and len(prompts[row]) * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
 
 
 def leaf_filter(trie: Trie, excluded: list[list[int]]) -> torch.Tensor:

@@ -279,7 +279,7 @@ def encode_hf(texts: list[str], encoder: dict, batch_size: int, device: torch.de
 def encode(texts: list[str], encoder: dict, batch_size: int, device: torch.device) -> torch.Tensor:
     """Embed texts with a fitted or named encoder, then its PCA where it has one; (N, D)."""
     x = encode_lsa(texts, encoder) if encoder["name"] == "lsa" else encode_hf(texts, encoder, batch_size, device)
-    return (x - encoder["pca_mean"]) @ encoder["pca_components"] if "pca_mean" in encoder else x
+    return project(x, encoder) if "pca_mean" in encoder else x
 
 
 def fit_pca(x: torch.Tensor, dim: int) -> dict:
@@ -289,6 +289,11 @@ def fit_pca(x: torch.Tensor, dim: int) -> dict:
     mean = x.mean(0)
     _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))           # eigenvalues ascending
     return {"pca_mean": mean, "pca_components": vectors.flip(1)[:, :dim].contiguous()}
+
+
+def project(x: torch.Tensor, encoder: dict) -> torch.Tensor:
+    """Apply the PCA of fit_pca, (N, D) -> (N, dim)."""
+    return (x - encoder["pca_mean"]) @ encoder["pca_components"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -582,7 +587,7 @@ def main() -> None:
         x = encode(texts, encoder, args.batch_size, device)
         if args.dim:
             encoder.update(fit_pca(x, args.dim))
-            x = (x - encoder["pca_mean"]) @ encoder["pca_components"]
+            x = project(x, encoder)
         k = args.codebook_size or min(256, 1 << max(1, len(items) // 12).bit_length() - 1)
         print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         centroids = fit_codebook(x.to(device), args.num_levels, k, args.iterations, args.seed)

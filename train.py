@@ -149,30 +149,19 @@ def collate(examples: list[Example], device: torch.device) -> tuple[torch.Tensor
     return ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
+def length_batches(sequences: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Rows of sequences of similar length, at most `max_tokens` tokens each, padding included."""
+    batches: list[list[int]] = [[]]
+    for row in sorted(range(len(sequences)), key=lambda r: len(sequences[r])):
+        if batches[-1] and len(sequences[row]) * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
 def micro_batches(examples: list[Example], micro_tokens: int) -> list[list[Example]]:
     """Cut a batch, sorted by length, into pieces of at most `micro_tokens` tokens, padding included."""
-    pieces: list[list[Example]] = [[]]
-    for e in sorted(examples, key=lambda e: len(e.ids)):
-        if pieces[-1] and len(e.ids) * (len(pieces[-1]) + 1) > micro_tokens:
-            pieces.append([])
-        pieces[-1].append(e)
-    return pieces
-
-
-def parse_tasks(text: str) -> dict[str, float]:
-    """Read task names with optional weights of their supervised tokens: "next,sid2title:0.1"."""
-    tasks = {}
-    for part in text.split(","):
-        name, _, weight = part.partition(":")
-        if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a task; choose from {', '.join(TASKS)}")
-        try:
-            tasks[name] = float(weight or 1)
-        except ValueError:
-            tasks[name] = 0.0
-        if not 0 < tasks[name] < math.inf:
-            raise argparse.ArgumentTypeError(f"{part!r}: a weight is a number above 0, as in {name}:0.5")
-    return tasks
+    return [[examples[row] for row in rows] for rows in length_batches([e.ids for e in examples], micro_tokens)]
 
 
 def epoch_batches(examples: list[Example], batch_size: int, rng: random.Random) -> list[list[Example]]:
@@ -305,6 +294,22 @@ def fit(model, train: list[Example], valid: list[Example], args: argparse.Namesp
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
+
+def parse_tasks(text: str) -> dict[str, float]:
+    """Read task names with optional weights of their supervised tokens: "next,sid2title:0.1"."""
+    tasks = {}
+    for part in text.split(","):
+        name, _, weight = part.partition(":")
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a task; choose from {', '.join(TASKS)}")
+        try:
+            tasks[name] = float(weight or 1)
+        except ValueError:
+            tasks[name] = 0.0
+        if not 0 < tasks[name] < math.inf:
+            raise argparse.ArgumentTypeError(f"{part!r}: a weight is a number above 0, as in {name}:0.5")
+    return tasks
+
 
 def show_example(tokenizer, example: Example) -> None:
     """Print one rendered example with its supervised tokens between >> and <<."""

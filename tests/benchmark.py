@@ -25,10 +25,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import Trie, beam_search, build_trie, expand, length_batches  # noqa: E402
+from evaluate import Trie, beam_search, build_trie, expand  # noqa: E402
 from init_embeddings import autocast, load_model, sid_token_ids  # noqa: E402
 from tokenize_items import assign, codes_of, kmeans, pick_device, read_catalogue, read_samples  # noqa: E402
-from train import prompt_ids, task_pairs  # noqa: E402
+from train import length_batches, prompt_ids, task_pairs  # noqa: E402
 
 # Letters used in shapes: B users, T prompt tokens, W beams, G group, L = 3 levels, K = 256 codes, N items, V rows.
 L, K = 3, 256
