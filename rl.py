@@ -1,0 +1,595 @@
+"""Stage 5: reinforcement learning on the trie (GRPO), from the SFT model, on the recommendation tasks.
+
+For each prompt x the policy pi draws a group of G SIDs y through the trie; rewards r are compared within the group:
+
+    advantage    A_i = (r_i - m) / (s + 1e-4)          m, s: the group's weighted mean and deviation
+    objective    J = sum_i w_i 1/L sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta k3 ]
+                 rho = pi / pi_old of one token        k3 = pi_ref / pi - 1 - log(pi_ref / pi), its gradient, averaged
+                                                       over pi, is that of KL(pi_ref || pi)
+    TS-Rec (arXiv 2602.22632), section 5.4; GRPO: DeepSeekMath (arXiv 2402.03300), eqs. 3-4; recipe of MiniOneRec
+
+Reads   RUN/sft.pt, RUN/items.jsonl, RUN/train.jsonl, RUN/valid.jsonl (only to validate), RUN/codebook.pt (only for
+        the reward `semantic`)
+Writes  RUN/rl.pt (the weights with the best validation NDCG@10, the SFT model's included), RUN/rl_log.jsonl
+
+Differs from the paper and from MiniOneRec
+  1. Probabilities are over the trie's children at each level, in rollouts and update alike, so that the policy that
+     learns is the one that was drawn from; all three tokens count, SIDs have no end token.
+  2. The prompt is read once for its group: drafts are query positions of one sequence under a tree mask.
+  3. `--rollout sample` draws distinct SIDs without replacement. With `--weights policy` each counts by its
+     probability over its chance to be in the group, so that the group's mean estimates the policy's own; with
+     `group`, GRPO's, each counts 1/G, which presses on whatever the group holds, the tail included.
+  4. A group without differences in reward is dropped from both terms and costs no forward pass.
+  5. The reference stays the SFT model. Dropout is off. The best model by validation is kept, not the last.
+
+Examples
+  python rl.py                                                     # the demo
+  python rl.py --rollout beam --reward hit:1,rank:1                # MiniOneRec's rollouts and reward
+  torchrun --nproc-per-node 8 rl.py --run runs/qwen                # Qwen2.5-1.5B, the same update as on one GPU
+"""
+import argparse
+import copy
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from evaluate import (Trie, beam_search, build_trie, expand, name_items, print_table, rank_metrics, rank_of, search_all,
+                      tree_mask)
+from init_embeddings import autocast, load_model, save_model, sid_token_ids
+from tokenize_items import codes_of, load_pt, pick_device, read_catalogue, read_samples, replacing, stop, write_jsonl
+from train import TASKS, length_batches, prompt_ids, task_pairs
+
+
+# ---- stand-ins until train.py has them ----
+
+def join_processes(flag):
+    return pick_device(flag), 0, 1
+
+
+def all_sum(tensor):
+    return tensor
+
+
+def on_interrupt():
+    import signal
+    seen = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: seen.append(1))
+    return lambda: bool(seen)
+
+
+# Letters used in shapes: B prompts, T prompt tokens, G rollouts of a prompt, L levels, K codes per level, M most
+# children of a node, N items, D width.
+REWARDS = ("hit", "rank", "prefix", "semantic")
+CUTOFFS = (1, 5, 10, 50)                # of the validation; 50 beams
+
+# Settings that depend on the backbone, in one place. "hf" is MiniOneRec's script.
+PRESETS = {
+    "hf": dict(epochs=2, lr=1e-5, batch_size=64, warmup=50, clip=0.3, eval_every=100, micro_tokens=16384),
+    "tiny": dict(epochs=2, lr=1e-4, batch_size=64, warmup=5, clip=1.0, eval_every=20, micro_tokens=4096),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rewards: each (B, G), from the leaves drawn and the target's leaf
+# ---------------------------------------------------------------------------------------------------------
+
+def hit_reward(leaves: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 for the target's SID, else 0; (B, G), (B,) -> (B, G)."""
+    return (leaves == targets[:, None]).float()
+
+
+def rank_penalty(hits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """MiniOneRec's ranking-aware penalty; hits, scores (B, G) -> (B, G).
+
+    In a group with a hit, a miss costs in proportion to 1 / log2(rank + 1), rank 1 being what the policy holds most
+    likely in the group; the whole list's costs sum to one. Elsewhere, and for the hit, nothing.
+    """
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
+    cost = 1 / torch.log2(rank + 1.0)
+    return -cost / cost.sum(1, keepdim=True) * (1 - hits) * hits.amax(1, keepdim=True)
+
+
+def prefix_reward(codes: torch.Tensor, leaves: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Share of the target's SID that a rollout shares from the left; codes (leaves, L) -> (B, G)."""
+    same = codes[leaves] == codes[targets][:, None]
+    return same.int().cumprod(-1).float().mean(-1)
+
+
+def semantic_reward(vectors: torch.Tensor, leaves: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cosine, where positive, of the quantised embeddings (sums of centroids); vectors (leaves, D) -> (B, G).
+
+    The paper's future work, a signal where no rollout hits. It can be hacked, and so can `prefix`: an item amid a
+    crowd of similar ones earns a little from every target nearby, so a large weight teaches to recommend the middle
+    of the crowd. Watch HR@1 on validation, keep the weight well below that of `hit`.
+    """
+    unit = F.normalize(vectors, dim=-1)
+    return torch.einsum("bgd,bd->bg", unit[leaves], unit[targets]).clamp_min(0)
+
+
+class Shop(NamedTuple):
+    """What rollouts and rewards know of the catalogue, on the model's device."""
+    trie: Trie
+    sid_ids: torch.Tensor               # (L, K) vocabulary ids
+    codes: torch.Tensor                 # (leaves, L)
+    vectors: torch.Tensor | None        # (leaves, D), for the reward `semantic`
+
+
+def group_rewards(shop: Shop, mix: dict[str, float], leaves: torch.Tensor, scores: torch.Tensor,
+                  targets: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of the rewards in the mix; leaves, scores (B, G), targets (B,) -> (B, G)."""
+    hits = hit_reward(leaves, targets)
+    rewards = {"hit": lambda: hits, "rank": lambda: rank_penalty(hits, scores),
+               "prefix": lambda: prefix_reward(shop.codes, leaves, targets),
+               "semantic": lambda: semantic_reward(shop.vectors, leaves, targets)}
+    return sum(weight * rewards[name]() for name, weight in mix.items())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The objective
+# ---------------------------------------------------------------------------------------------------------
+
+def policy_weights(scores: torch.Tensor, perturbed: torch.Tensor | None) -> torch.Tensor:
+    """Weights (B, G), rows summing to one, that make a sum over the group estimate a mean over the policy.
+
+    For draws without replacement, probability over inclusion probability given the last draw, which is only the
+    threshold (Kool et al. 2019, arXiv 1903.06059, section 4.2). For beams, which nobody drew, the probabilities.
+    """
+    if perturbed is None:
+        return scores.softmax(1)
+    weights = scores.exp() / -torch.expm1(-torch.exp(scores - perturbed[:, -1:]))
+    weights[:, -1] = 0
+    return weights / weights.sum(1, keepdim=True)
+
+
+def advantages(rewards: torch.Tensor, weights: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards less the group's mean, over its deviation unless `mean-only` (Dr. GRPO, arXiv 2503.20783).
+
+    rewards, weights (B, G) -> advantages (B, G), deviations (B,). The deviation is the population's: a group of one
+    or of equal rewards gives zeros.
+    """
+    away = rewards - (weights * rewards).sum(1, keepdim=True)
+    deviation = (weights * away.square()).sum(1).sqrt()
+    return (away if kind == "mean-only" else away / (deviation[:, None] + 1e-4)), deviation
+
+
+def k3(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
+    """Schulman's estimator of the divergence from the reference: never negative, 0 where the two agree."""
+    gap = ref_log_probs - log_probs
+    return torch.expm1(gap) - gap
+
+
+def policy_loss(log_probs: torch.Tensor, old_log_probs: torch.Tensor, ref_log_probs: torch.Tensor,
+                advantage: torch.Tensor, weights: torch.Tensor, clip_eps: float, kl_coef: float
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-J of each group, its KL and the share of its tokens held by the clip; log-probs (B, G, L) -> three (B,).
+
+    Ratio, clip and KL are per token; a token counts 1/L of its rollout, a rollout its weight in the group.
+    """
+    ratio, a = torch.exp(log_probs - old_log_probs), advantage[..., None]
+    held = torch.minimum(ratio * a, ratio.clamp(1 - clip_eps, 1 + clip_eps) * a)
+    kl = k3(log_probs, ref_log_probs)
+
+    def group(x: torch.Tensor) -> torch.Tensor:
+        return (x.mean(-1) * weights).sum(-1)
+    return group(kl_coef * kl - held), group(kl.detach()), group((held < ratio * a).float())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One forward for a group
+# ---------------------------------------------------------------------------------------------------------
+
+def trie_paths(trie: Trie, leaves: torch.Tensor) -> list[torch.Tensor]:
+    """The nodes from depth 1 down to each leaf; (B, G) -> L times (B, G)."""
+    path = [leaves]
+    for first_child in trie.first_child[:0:-1]:                 # parents hold ranges of children: find the range
+        path.insert(0, torch.searchsorted(first_child, path[0].to(first_child.dtype), right=True) - 1)
+    return path
+
+
+def tree_log_probs(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int]], leaves: torch.Tensor,
+                   temperature: float = 1.0, precision: str = "auto") -> torch.Tensor:
+    """Log-probability of every token of every rollout among the trie's children, with gradients; (B, G) -> (B, G, L).
+
+    Two passes: the prompts (B, T) under plain causal attention, then all drafts but the last level's, (B, G * (L-1)),
+    against the prompts' keys and values, which are held once per prompt. Equal to repeating each prompt G times.
+    """
+    device, (batch, group), depth = trie.codes[0].device, leaves.shape, len(trie.codes) - 1
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)      # (B, T), zeros behind
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    path = trie_paths(trie, leaves)
+    drafts = torch.cat([sid_ids[level][trie.codes[level][path[level]]] for level in range(depth)], 1)
+    at = torch.arange(depth, device=device).repeat_interleave(group)                         # level of each draft
+    own = torch.arange(group, device=device).repeat(depth)                                   # and its rollout
+    ancestors = [torch.where(at >= level, own, -1).expand(batch, -1) for level in range(depth)]     # -1: none
+    with autocast(device, precision):
+        out = model.base_model(input_ids=ids, use_cache=True)
+        last = out.last_hidden_state[torch.arange(batch, device=device), lengths - 1][:, None]      # (B, 1, D)
+        hidden = model.base_model(
+            input_ids=drafts, past_key_values=out.past_key_values, use_cache=True,
+            attention_mask=tree_mask(lengths, ids.shape[1], ancestors, [group] * depth),
+            position_ids=lengths[:, None] + at).last_hidden_state                            # (B, G * (L-1), D)
+    head, log_probs = model.get_output_embeddings().weight, []
+    for level, seen in enumerate((last, *hidden.split(group, 1))):
+        parents = path[level - 1] if level else torch.zeros_like(leaves[:, :1])
+        logits = seen.float() @ head[sid_ids[level]].float().T / temperature                 # (B, 1 or G, K)
+        _, gains = expand(trie, level, parents, torch.zeros_like(parents, dtype=torch.float), logits, "trie")
+        slot = path[level] - trie.first_child[level][parents]
+        log_probs.append(gains.expand(-1, group, -1).gather(-1, slot[..., None]).squeeze(-1))
+    return torch.stack(log_probs, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rollouts and updates
+# ---------------------------------------------------------------------------------------------------------
+
+class Example(NamedTuple):
+    """A prompt and the leaf of its own target."""
+    prompt: list[int]
+    target: int
+
+
+class Group(NamedTuple):
+    """A prompt's rollouts as the update needs them."""
+    prompt: list[int]
+    leaves: torch.Tensor                # (G,)
+    advantage: torch.Tensor             # (G,)
+    weights: torch.Tensor               # (G,)
+
+
+def pieces_of(prompts: list[list[int]], drafts: int, micro_tokens: int) -> list[list[int]]:
+    """Rows of prompts that fit one forward pass with `drafts` more tokens each."""
+    return length_batches([range(len(p) + drafts) for p in prompts], micro_tokens)
+
+
+def roll_out(model, shop: Shop, batch: list[Example], noise: torch.Generator, args: argparse.Namespace
+             ) -> tuple[list[Group], torch.Tensor]:
+    """Draw a group for each prompt and judge it; the groups whose rewards differ, and the sums behind the gauges.
+
+    Sums (float64): groups, those dropped, hits, distinct SIDs, entropy, reward per rollout and its square.
+    """
+    groups, sums = [], torch.zeros(7, dtype=torch.float64, device=shop.sid_ids.device)
+    for rows in pieces_of([e.prompt for e in batch], args.group_size, args.micro_tokens):
+        prompts = [batch[r].prompt for r in rows]
+        targets = torch.tensor([batch[r].target for r in rows], device=shop.sid_ids.device)
+        leaves, scores, *perturbed = beam_search(
+            model, shop.trie, shop.sid_ids, prompts, args.group_size, temperature=args.temperature,
+            sample=noise if args.rollout == "sample" else None)
+        rewards = group_rewards(shop, args.reward, leaves, scores, targets)
+        policy = policy_weights(scores, *perturbed or (None,))
+        weights = policy if args.weights == "policy" else torch.full_like(policy, 1 / policy.shape[1])
+        advantage, deviation = advantages(rewards, weights, args.advantage)
+        varied = deviation > 1e-6
+        distinct = 1 + (leaves.sort(1).values.diff(dim=1) > 0).sum(1)
+        per_group = (torch.ones_like(targets), ~varied, (leaves == targets[:, None]).any(1), distinct,
+                     -(policy * scores).sum(1), rewards.mean(1), rewards.square().mean(1))
+        sums += torch.stack([x.double().sum() for x in per_group])
+        groups += [Group(prompts[i], leaves[i], advantage[i], weights[i]) for i in varied.nonzero()[:, 0].tolist()]
+    return groups, sums
+
+
+def update(model, reference, optimizer, shop: Shop, groups: list[Group], total: int, args: argparse.Namespace
+           ) -> torch.Tensor:
+    """The optimizer steps on one batch of rollouts, `total` groups over all processes; sums behind the gauges.
+
+    The log-probs before the first step are the old ones: the same arithmetic, so that ratios start at exactly 1.
+    Sums (float64): KL and clipped share over groups and steps, gradient norm over steps.
+    """
+    device, levels = shop.sid_ids.device, len(shop.sid_ids)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    if all_sum(torch.tensor(len(groups), device=device)) == 0:
+        return sums
+    pieces = [[groups[r] for r in rows] for rows in pieces_of(
+        [g.prompt for g in groups], (levels - 1) * args.group_size, args.micro_tokens)]
+    before: list = []
+    for step in range(args.updates_per_rollout):
+        optimizer.zero_grad(set_to_none=True)
+        for place, piece in enumerate(pieces):
+            prompts, (leaves, advantage, weights) = [g.prompt for g in piece], map(torch.stack, list(zip(*piece))[1:])
+            how = (shop.trie, shop.sid_ids, prompts, leaves, args.temperature, args.precision)
+            log_probs = tree_log_probs(model, *how)
+            if step == 0:
+                with torch.no_grad():
+                    before.append((log_probs.detach(), tree_log_probs(reference, *how)))
+            loss, kl, clipped = policy_loss(log_probs, *before[place], advantage, weights, args.clip_eps, args.kl_coef)
+            (loss.sum() / total).backward()
+            sums[:2] += torch.stack([kl.sum(), clipped.sum()]) / args.updates_per_rollout
+        for p in model.parameters():                                    # one batch, however many processes share it
+            p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        sums[2] += norm / args.updates_per_rollout
+    return sums
+
+
+def batch_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The prompts of an update: each epoch its own shuffle, what is left over at its end is left out."""
+    per_epoch = max(1, count // batch_size)
+    order = random.Random(f"{seed} {step // per_epoch}").sample(range(count), count)
+    return order[step % per_epoch * batch_size:][:batch_size]
+
+
+def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to nothing."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Validation and the loop
+# ---------------------------------------------------------------------------------------------------------
+
+class Valid(NamedTuple):
+    """This process's share of the validation users."""
+    items: list[dict]
+    prompts: list[list[int]]
+    targets: list                       # item_ids
+
+
+def validate(model, shop: Shop, valid: Valid, args: argparse.Namespace) -> dict[str, float]:
+    """HR@K and NDCG@K of the next item over all processes' users, by the search of evaluate.py."""
+    found = search_all(model, shop.trie, shop.sid_ids, valid.prompts, max(CUTOFFS), "trie", args.micro_tokens)
+    ranked, _, _ = name_items(shop.trie, valid.items, found, [set()] * len(found))
+    metrics = rank_metrics([rank_of(t, r) for t, r in zip(valid.targets, ranked)], CUTOFFS)
+    sums = all_sum(torch.tensor([1.0, *metrics.values()], device=model.device).double() * len(found))
+    return dict(zip(metrics, (sums[1:] / sums[0]).tolist()))
+
+
+def gauges(sums: torch.Tensor, group_size: int, steps: int) -> dict[str, float]:
+    """What the sums of roll_out and update over some steps say, per group."""
+    groups, dropped, hits, distinct, entropy, reward, square, kl, clipped, norm = sums.tolist()
+    kept = max(groups - dropped, 1)
+    return {"reward": reward / groups, "reward_std": max(square / groups - (reward / groups) ** 2, 0) ** 0.5,
+            f"hit@{group_size}": hits / groups, "zero_variance": dropped / groups, "unique": distinct / groups,
+            "entropy": entropy / groups, "kl": kl / kept, "clipped": clipped / kept, "grad_norm": norm / steps}
+
+
+def show(row: dict) -> str:
+    """A row of the log as one line."""
+    return " | ".join(f"{name} {value:.4g}" for name, value in row.items())
+
+
+def fit(model, reference, optimizer, shop: Shop, train: list[Example], valid: Valid, state: dict, save, keep,
+        args: argparse.Namespace) -> None:
+    """The loop: rollouts, update, gauges, validation; `save(metrics)` at every best, `keep()` to resume from here.
+
+    `state` holds step, best, bad (validations since the best) and the log, and is what resuming restores.
+    """
+    steps = args.epochs * max(1, len(train) // args.batch_size)
+    noise, interrupted = torch.Generator(shop.sid_ids.device), on_interrupt()
+    sums, since, seconds = 0, 0, 0.0
+    bar = tqdm(total=steps, initial=state["step"], desc="rl", unit="step", disable=None if args.rank == 0 else True)
+    while state["step"] < steps and state["bad"] < args.patience:
+        start, step = time.time(), state["step"]
+        noise.manual_seed((args.seed << 32) + step * args.world + args.rank)    # a resumed run draws the same
+        rows = batch_rows(len(train), args.batch_size, step, args.seed)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args)
+        groups, drawn = roll_out(model, shop, [train[r] for r in rows[args.rank::args.world]], noise, args)
+        learnt = update(model, reference, optimizer, shop, groups, len(rows), args)
+        learnt[2] /= args.world                                         # every process has the same norm
+        sums, since, seconds = sums + all_sum(torch.cat([drawn, learnt])), since + 1, seconds + time.time() - start
+        state["step"] = step + 1
+        bar.update()
+        row = {"step": step + 1}
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            rate = float(sums[0]) / seconds
+            row |= {"lr": optimizer.param_groups[0]["lr"], **gauges(sums, args.group_size, since),
+                    "prompts_per_second": rate, "rollouts_per_second": rate * args.group_size}
+            sums, since, seconds = 0, 0, 0.0
+            bar.write(show(row))
+        if (step + 1) % args.eval_every == 0 or step + 1 == steps:
+            row |= validate(model, shop, valid, args)
+            better = row["NDCG@10"] > state["best"]
+            state["bad"] = 0 if better else state["bad"] + 1
+            bar.write(f"step {step + 1}/{steps} | valid " + show({k: row[k] for k in row if "@" in k and "hit" not in k})
+                      + (" | best so far, saved" if better else f" | no better for {state['bad']}"))
+            if better:
+                state["best"] = row["NDCG@10"]
+                save(row)
+        if len(row) > 1:
+            state["log"].append(row)
+        stopped = interrupted()
+        if stopped or "NDCG@10" in row:
+            keep()
+        if stopped:
+            stop(f"interrupted after step {step + 1}; --resume goes on from there")
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------
+
+def make_shop(items: list[dict], tokenizer, sid: dict, codebook: str | Path | None, device: torch.device) -> Shop:
+    """The trie of the catalogue, each leaf's codes and, given a codebook, the sum of its centroids."""
+    trie = build_trie(torch.from_numpy(codes_of(items)), sid["codebook_size"], device)
+    path = trie_paths(trie, torch.arange(len(trie.codes[-1]), device=device))
+    codes = torch.stack([level[nodes] for level, nodes in zip(trie.codes, path)], -1).long()
+    vectors = None
+    if codebook:
+        centroids = load_pt(codebook, ("centroids",))["centroids"].to(device)
+        if centroids.shape[0] != codes.shape[1] or centroids.shape[1] <= int(codes.max()):
+            stop(f"{codebook}: {tuple(centroids.shape[:2])} levels and codes are not this catalogue's; run "
+                 "tokenize_items.py again, or leave out the reward semantic")
+        vectors = sum(book[codes[:, level]] for level, book in enumerate(centroids))
+    return Shop(trie, sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device), codes, vectors)
+
+
+def read_prompts(tokenizer, tasks: list[str], data: dict, trie: Trie) -> list[Example]:
+    """Every example of the tasks, each with the leaf of its own target."""
+    order = trie.leaf_items[trie.leaf_start[:-1]].tolist()              # one catalogue row per leaf
+    leaf_of = {"".join(data["items"][row]["sid"]): leaf for leaf, row in enumerate(order)}
+    examples = []
+    for name in tasks:
+        pairs = task_pairs(name, data)
+        if not pairs:
+            stop(f"--tasks: {name} has no examples in this run; leave it out")
+        prompts = prompt_ids(tokenizer, [prompt for prompt, _ in pairs])
+        print(f"task {name:>16} | {len(pairs)} prompts | {pairs[0][0]!r} >>{pairs[0][1]}<<")
+        examples += [Example(prompt, leaf_of[sid]) for prompt, (_, sid) in zip(prompts, pairs)]
+    return examples
+
+
+def read_valid(tokenizer, samples: list[dict], items: list[dict], args: argparse.Namespace) -> Valid:
+    """This process's share of the validation users, at most --eval-users in all."""
+    if args.eval_users and args.eval_users < len(samples):
+        samples = random.Random(args.seed).sample(samples, args.eval_users)
+    samples = samples[args.rank::args.world]
+    pairs = task_pairs("next", {"items": items, "samples": samples})
+    return Valid(items, prompt_ids(tokenizer, [prompt for prompt, _ in pairs]), [s["target"] for s in samples])
+
+
+def parse_rewards(text: str) -> dict[str, float]:
+    """Read names with optional weights: "hit:1,rank,semantic:0.1"."""
+    mix = {}
+    for part in text.split(","):
+        name, _, weight = part.partition(":")
+        if name not in REWARDS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a reward; choose from {', '.join(REWARDS)}")
+        try:
+            mix[name] = float(weight or 1)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r}: a weight is a number, as in {name}:0.5") from None
+    return mix
+
+
+def parse_sid_tasks(text: str) -> list[str]:
+    """Read names of tasks whose response is an item's SID."""
+    known = [name for name, task in TASKS.items() if task.response == "{sid}"]
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} does not ask for an item's SID; choose from {', '.join(known)}")
+    return text.split(",")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--run", default="runs/demo", help="folder of the run")
+    files.add_argument("--from", dest="start", help="checkpoint to start from, instead of RUN/sft.pt")
+    files.add_argument("--out", help="instead of RUN/rl.pt")
+    files.add_argument("--resume", action="store_true", help="go on from RUN/rl_resume.pt")
+    method = parser.add_argument_group("method")
+    method.add_argument("--tasks", type=parse_sid_tasks, default="next", help="prompts, tasks that ask for a SID")
+    method.add_argument("--reward", type=parse_rewards, default="hit:1", help=f"mix of {', '.join(REWARDS)}")
+    method.add_argument("--rollout", choices=("sample", "beam"), default="sample",
+                        help="G distinct SIDs: drawn without replacement, or the best beams")
+    method.add_argument("--group-size", type=int, default=16, help="G, rollouts per prompt")
+    method.add_argument("--temperature", type=float, default=1.0, help="of the policy that draws and learns")
+    method.add_argument("--weights", choices=("policy", "group"), default="group",
+                        help="a rollout counts by the policy's probability (see above), or 1/G")
+    method.add_argument("--advantage", choices=("std", "mean-only"), default="std", help="over the deviation or not")
+    method.add_argument("--kl-coef", type=float, default=1e-3, help="weight of the KL to the SFT model")
+    method.add_argument("--clip-eps", type=float, default=0.2, help="ratios beyond 1 -+ this earn nothing more")
+    method.add_argument("--updates-per-rollout", type=int, default=1, help="optimizer steps per batch; 1: on-policy")
+    preset = parser.add_argument_group("by backbone (see PRESETS)")
+    preset.add_argument("--epochs", type=int, help="passes over the prompts")
+    preset.add_argument("--lr", type=float, help="peak learning rate")
+    preset.add_argument("--batch-size", type=int, help="prompts per update, over all processes")
+    preset.add_argument("--warmup", type=int, help="updates of linear warm-up")
+    preset.add_argument("--clip", type=float, help="largest gradient norm")
+    preset.add_argument("--eval-every", type=int, help="updates between validations")
+    preset.add_argument("--micro-tokens", type=int, help="tokens per forward pass, padding included: memory only")
+    loop = parser.add_argument_group("loop")
+    loop.add_argument("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
+                      help="of the update, over float32 weights; fast: bf16 on CUDA and on CPUs that have it")
+    loop.add_argument("--patience", type=int, default=5, help="stop after so many validations without a better NDCG@10")
+    loop.add_argument("--eval-users", type=int, default=0, help="validate on so many users; 0 for all")
+    loop.add_argument("--log-every", type=int, default=10, help="updates per log line")
+    loop.add_argument("--seed", type=int, default=42, help="seed of the order of prompts and of the draws")
+    loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
+    args = parser.parse_args(argv)
+    for name in ("updates_per_rollout", "epochs", "batch_size", "eval_every", "micro_tokens", "patience", "log_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.group_size < 2 or args.temperature <= 0 or not 0 < args.clip_eps < 1:
+        parser.error("--group-size must be at least 2, --temperature above 0, --clip-eps between 0 and 1")
+    return args
+
+
+def finish(log: list[dict], best: float, origin: str, out: Path) -> None:
+    """Print the start against the best validation, and what the checkpoint holds."""
+    chosen = next(row for row in log if row.get("NDCG@10") == best)
+    print_table([{"method": name, "level": "item", **row} for name, row in
+                 ((f"valid, {origin}", log[0]), (f"valid, {out.name}", chosen))], CUTOFFS)
+    print(f"wrote {out}: " + (f"step {chosen['step']}" if chosen["step"] else
+                              f"no step has a better validation NDCG@10, these are the weights of {origin}"))
+
+
+def main() -> None:
+    args = parse_args()
+    device, args.rank, args.world = join_processes(args.device)
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")      # its CPU backward is slow on short prompts
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else gigabytes of kernels, one per shape
+    run = Path(args.run)
+    items = read_catalogue(run / "items.jsonl")
+    known = {item["item_id"] for item in items}
+    origin = Path(args.start or run / "sft.pt")
+    model, tokenizer, checkpoint = load_model(origin, device, items)
+    args.backbone = checkpoint["args"].get("backbone")
+    for key, value in PRESETS["tiny" if args.backbone == "tiny" else "hf"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    shop = make_shop(items, tokenizer, checkpoint["sid"], run / "codebook.pt" if "semantic" in args.reward else None,
+                     device)
+    data = {"items": items, "samples": read_samples(run / "train.jsonl", known)}
+    train = read_prompts(tokenizer, args.tasks, data, shop.trie)
+    valid = read_valid(tokenizer, read_samples(run / "valid.jsonl", known), items, args)
+    longest = max(len(p) for p in [*valid.prompts, *(e.prompt for e in train)]) + len(shop.sid_ids) - 1
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        stop(f"the longest prompt and SID have {longest} tokens, the backbone reads {limit}; shorten the history")
+
+    model.eval()                                                        # no dropout: ratios start at one
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
+    out = Path(args.out or run / "rl.pt")
+    log_path, resume_path = out.with_name(out.stem + "_log.jsonl"), out.with_name(out.stem + "_resume.pt")
+    state = {"step": 0, "best": -1.0, "bad": 0, "log": []}
+    print(f"device {device}, {args.world} processes | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
+          f"parameters, twice | {len(train)} prompts, {len(valid.prompts)} validation users here | G {args.group_size}")
+
+    def save(metrics: dict) -> None:
+        if args.rank == 0:
+            save_model(out, model, tokenizer, checkpoint["sid"], stage="rl", args=vars(args), step=state["step"],
+                       metrics=metrics)
+
+    def keep() -> None:
+        if args.rank == 0:
+            with replacing(resume_path) as temporary:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, temporary)
+            write_jsonl(log_path, state["log"])
+
+    if args.resume:
+        kept = load_pt(resume_path, ("model", "optimizer", "state"))
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        state = kept["state"]
+    else:
+        state["log"].append({"step": 0, **validate(model, shop, valid, args)})
+        state["best"] = state["log"][0]["NDCG@10"]
+        print(f"the start | valid {show(state['log'][0])}")
+        save(state["log"][0])
+    fit(model, reference, optimizer, shop, train, valid, state, save, keep, args)
+    write_jsonl(log_path, state["log"])
+    finish(state["log"], state["best"], origin.name, out)
+    resume_path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
