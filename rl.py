@@ -217,10 +217,10 @@ def tree_log_probs(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[
             input_ids=drafts, past_key_values=out.past_key_values, use_cache=True,
             attention_mask=tree_mask(lengths, ids.shape[1], ancestors, [group] * depth),
             position_ids=lengths[:, None] + at).last_hidden_state                            # (B, G * (L-1), D)
-    head, log_probs = model.get_output_embeddings().weight, []
+    rows, log_probs = model.get_output_embeddings().weight[sid_ids].float(), []              # (L, K, D)
     for level, seen in enumerate((last, *hidden.split(group, 1))):
         parents = path[level - 1] if level else torch.zeros_like(leaves[:, :1])
-        logits = seen.float() @ head[sid_ids[level]].float().T / temperature                 # (B, 1 or G, K)
+        logits = seen.float() @ rows[level].T / temperature                                  # (B, 1 or G, K)
         _, gains = expand(trie, level, parents, torch.zeros_like(parents, dtype=torch.float), logits, "trie")
         slot = path[level] - trie.first_child[level][parents]
         log_probs.append(gains.expand(-1, group, -1).gather(-1, slot[..., None]).squeeze(-1))

@@ -1,4 +1,4 @@
-"""How fast the search is, against what one would write with public libraries, same weights, same process.
+"""How fast the search and the RL update are, against what one would write with public libraries, same weights, same process.
 
     python tests/benchmark.py                          # two cores: a 6-layer, 256-wide Qwen2 with 151,936 rows
     python tests/benchmark.py --device cuda            # a random model of Qwen2.5-1.5B's shape, bf16
@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluate import Trie, beam_search, build_trie, expand  # noqa: E402
 from init_embeddings import autocast, load_model, sid_token_ids  # noqa: E402
+from rl import tree_log_probs, trie_paths  # noqa: E402
 from tokenize_items import assign, codes_of, kmeans, pick_device, read_catalogue, read_samples  # noqa: E402
 from train import length_batches, prompt_ids, task_pairs  # noqa: E402
 
@@ -256,6 +257,45 @@ def bench_sampling(bench: Bench, setup: Setup, users: int, group: int) -> None:
         bench.note(title, name, f"{repeated:.1%} of the rollouts repeat another", duplicates=repeated)
 
 
+def bench_update(bench: Bench, setup: Setup, users: int, group: int) -> None:
+    """Log-probabilities of G rollouts per prompt, forward and backward; what the optimizer adds is the same for all."""
+    model, trie, ids, prompts = setup.model, setup.trie, setup.sid_ids, setup.prompts[:users]
+    title, device, levels = f"{setup.name}: update B={len(prompts)} T={len(prompts[0])} G={group}", bench.device, len(ids)
+    leaves, _, _ = beam_search(model, trie, ids, prompts, group, sample=torch.Generator(device).manual_seed(0))
+    advantage = torch.randn(leaves.shape, generator=torch.Generator().manual_seed(0)).to(device)[..., None]
+    said = torch.tensor(setup.sids, device=device)[leaves].flatten(0, 1)                     # (B * G, L) token ids
+    written = torch.cat([torch.tensor(prompts, device=device).repeat_interleave(group, 0), said], 1)[:, :-1]
+    parents = [torch.zeros_like(leaves), *trie_paths(trie, leaves)[:-1]]
+    legal = [(transitions(trie, level, ids.shape[1]) >= 0)[nodes.flatten()] for level, nodes in enumerate(parents)]
+    code = [(said[:, level, None] == ids[level]).int().argmax(1, keepdim=True) for level in range(levels)]
+
+    def backward(log_probs):
+        model.zero_grad(set_to_none=True)
+        (log_probs.view(*leaves.shape, levels) * advantage).mean().backward()
+        return log_probs.detach().view(*leaves.shape, levels)
+
+    def repeated():
+        with autocast(device):
+            hidden = model.base_model(input_ids=written, use_cache=False).last_hidden_state[:, -levels:]
+        rows = model.get_output_embeddings().weight[ids].float()
+        logits = [(hidden[:, level].float() @ rows[level].T).masked_fill(~legal[level], -torch.inf)
+                  for level in range(levels)]
+        return backward(torch.cat([x.log_softmax(-1).gather(1, c) for x, c in zip(logits, code)], 1))
+
+    def whole_vocabulary():
+        with autocast(device):
+            logits = model(input_ids=written, use_cache=False, logits_to_keep=levels).logits
+        return backward(logits.float().log_softmax(-1).gather(-1, said[..., None]).squeeze(-1))
+
+    found = bench.race(title, {
+        "ours": lambda: backward(tree_log_probs(model, trie, ids, prompts, leaves)),
+        "prompt repeated, needed logits": repeated, "prompt repeated, all logits": whole_vocabulary})
+    worst = float((found["ours"] - found["prompt repeated, needed logits"]).abs().max())
+    bench.note(title, "prompt repeated, needed logits", f"log-probs within {worst:.0e}", difference=worst)
+    assert device.type != "cpu" or worst < 1e-4, "repeated prompts and ours disagree"
+    model.zero_grad(set_to_none=True)
+
+
 def bench_trie(bench: Bench, count: int, users: int, beams: int, rows: int) -> None:
     """The last level's step from given logits: legal continuations, their log-probabilities, the best W."""
     codes, device, g = random_codes(count, seed=1), bench.device, torch.Generator().manual_seed(0)
@@ -316,7 +356,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contestant")
     parser.add_argument("--budget", type=float, default=60, help="seconds after which a contestant repeats no more")
-    parser.add_argument("--works", default="search,sampling,trie,kmeans", help="parts of the table, by commas")
+    parser.add_argument("--works", default="search,sampling,rl,trie,kmeans", help="parts of the table, by commas")
     parser.add_argument("--run", help="also measure with this run's model and test prompts")
     parser.add_argument("--checkpoint", help="instead of RUN/sft.pt")
     parser.add_argument("--out", help="write the rows to this file, one JSON object per line")
@@ -328,7 +368,7 @@ def main() -> None:
           f"load {os.getloadavg()[0]:.1f}")
     bench = Bench(device, 1 if args.smoke else args.repeats, args.budget)
     users, rows = (3, 3000) if args.smoke else (16, 151936)
-    setups = [random_setup(args, device)] if {"search", "sampling"} & set(works) else []
+    setups = [random_setup(args, device)] if {"search", "sampling", "rl"} & set(works) else []
     setups += [run_setup(args, device, bench)] if args.run else []
     for setup in setups:
         if "search" in works:
@@ -336,6 +376,8 @@ def main() -> None:
             bench_search(bench, setup, 2 * users, 50)
         if "sampling" in works:
             bench_sampling(bench, setup, users, 16)
+        if "rl" in works:
+            bench_update(bench, setup, users, 16)
     for count in () if "trie" not in works else (10 ** 4, 10 ** 5) if args.smoke else (10 ** 4, 10 ** 6, 10 ** 7):
         bench_trie(bench, count, users, 20, rows)
     if "kmeans" in works:
