@@ -65,17 +65,16 @@ def sid_token_ids(tokenizer, num_levels: int, codebook_size: int) -> torch.Tenso
                          for l in range(num_levels)])
 
 
-def save_model(path: str | Path, model, tokenizer, sid: dict, **extra) -> None:
+def save_model(path: str | Path, model, tokenizer, sid: dict, weights: dict | None = None, **extra) -> None:
     """Write a self-contained checkpoint, atomically; tied weights once.
 
-    `sid` is {"num_levels", "codebook_size", "num_items", "digest"}; `extra` (stage, args, step, metrics, ...)
-    is stored as it is and must consist of plain Python values and tensors.
+    `weights` stand in for the model's own (shards put together, adapters merged); `sid` is {"num_levels",
+    "codebook_size", "num_items", "digest"}; `extra` (stage, args, step, metrics, ...) is stored as it is and must
+    consist of plain Python values and tensors.
     """
-    weights, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or not tensor.numel():
-            weights[name] = tensor.detach()
-        seen.add(tensor.data_ptr())
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    weights = {n: t.detach() for n, t in (weights or model.state_dict()).items() if n not in tied}
     special = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad")}
     with replacing(path) as temporary:
         torch.save({"config": json.dumps(model.config.to_dict(), default=str), "weights": weights,

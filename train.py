@@ -1,75 +1,126 @@
-"""Stage 4: supervised fine-tuning on the recommendation and alignment tasks.
+"""Stage 4: train the SID rows alone (align), then the whole model (sft), on recommendation and alignment tasks.
 
 Every task is a template that turns data into (instruction, response); the loss counts response tokens only:
 
-    Eq. 5   L_SFT = - sum_(X, Y) sum_j log pi(Y_j | X, Y_<j)       TS-Rec (arXiv 2602.22632), section 3.3
+    Eq. 5        L_SFT = - sum_(X, Y) sum_j log pi(Y_j | X, Y_<j)       TS-Rec (arXiv 2602.22632), section 3.3
+    Algorithm 1  grad E <- grad E * m,  m_i = [i is a SID token]        STAR, section 3.1: --stage align
 
-    tasks: next, title2sid, sid2title, next_title, next_description        appendix A.2.1 - A.2.4
-           text2token, token2text (TS-Align)                               section 4.2
+    TS-Rec   next, title2sid, sid2title, next_title, next_description   appendix A.2.1 - A.2.4
+             text2token, token2text (TS-Align)                          section 4.2
+    STAR     title2sid, description2sid, text2sid, name_item, describe_item, sid2text       appendix A.2.1
+             retrieve, search                                           appendix A.2.3, A.2.2
+    MiniOneRec   titles2sid                                             (its title history -> SID)
 
-Reads   RUN/init.pt, RUN/items.jsonl, RUN/train.jsonl, RUN/valid.jsonl, RUN/semantics.jsonl (for TS-Align)
-Writes  RUN/sft.pt (the weights with the lowest validation loss), RUN/sft_log.jsonl
+Reads   RUN/init.pt (or --from), RUN/items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl (for TS-Align),
+        queries.jsonl (for search)
+Writes  RUN/align.pt or sft.pt, the weights with the lowest validation loss; RUN/sft_log.jsonl; while it runs,
+        RUN/sft_resume.pt
 
-Differs from the paper
-  1. The loss is the mean over the supervised tokens of a whole batch, however it is cut into micro-batches.
+Differs from the papers
+  1. The loss is the mean over the supervised tokens of a whole batch, however it is cut into micro-batches and
+     spread over processes.
   2. A response that is a text ends with EOS; one that is a SID or a SID token does not: its length is fixed.
   3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, and a tenth of
      the weight for tokens of titles and descriptions, which are more than half of all supervised tokens.
+  4. Templates are drawn anew in every epoch. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
 
 Examples
   python train.py                                                  # the demo, 4 minutes on two cores
-  python train.py --run runs/industrial                            # 33 minutes on one core
-  python train.py --run runs/qwen --micro-tokens 32768             # Qwen2.5-1.5B on a GPU: the paper's settings
+  python train.py --stage align && python train.py --from runs/demo/align.pt                # STAR
+  python train.py --tasks next,title2sid,sid2title                 # LC-Rec style: no TS-Align
+  torchrun --nproc-per-node 8 -- train.py --run runs/qwen          # Qwen2.5-1.5B on GPUs: the paper's settings
 """
 import argparse
 import math
 import os
 import random
+import signal
+import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from init_embeddings import autocast, load_model, save_model
-from tokenize_items import pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
+from init_embeddings import autocast, load_model, save_model, sid_token_ids
+from tokenize_items import (check_known, load_pt, pick_device, read_catalogue, read_jsonl, read_samples, replacing,
+                            stop, write_jsonl)
 
-# Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width.
+# Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width, R rank.
 PROMPT = "{instruction}\n"
+DESCRIPTION_WORDS = 100                 # of a description inside an instruction
 SID_TASK, TEXT_TASK = False, True       # does a response end with EOS?
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # STAR, A.4
 
 
 class Task(NamedTuple):
-    """One task of the table: which data it reads, its instruction and response, and how the response ends."""
-    source: str                         # "samples", "items" or "tokens"
-    instruction: str
+    """One task of the table: which data it reads, its templates, its response, and how the response ends."""
+    source: str                         # "samples", "items", "tokens" or "queries"
+    instructions: tuple[str, ...]       # one is drawn per example and epoch
     response: str
     text: bool
 
 
 TASKS = {
-    "next": Task("samples", "The user has interacted with items {history} in chronological order. Can you predict "
-                 "the next possible item that the user may expect?", "{sid}", SID_TASK),
-    "title2sid": Task("items", "Which item has the title: {title}?", "{sid}", SID_TASK),
-    "sid2title": Task("items", 'What is the title of item "{sid}"?', "{title}", TEXT_TASK),
-    "next_title": Task("samples", "The user has sequentially interacted with items {history}. Can you recommend the "
-                       "next item for him? Tell me the title of the item.", "{title}", TEXT_TASK),
-    "next_description": Task("samples", "Please review the user's historical interactions: {history}, and describe "
-                             "what kind of item he still needs.", "{description}", TEXT_TASK),
-    "text2token": Task("tokens", "Identify the specific SID token shared by items that exhibit the following scope "
-                       'and characteristics: "{description}"', "{token}", SID_TASK),
-    "token2text": Task("tokens", "Describe the typical scope and shared features of items associated with the "
-                       'token: "{token}"', "{description}", TEXT_TASK),
+    "next": Task("samples", (
+        "The user has interacted with items {history} in chronological order. Can you predict the next possible "
+        "item that the user may expect?",), "{sid}", SID_TASK),
+    "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}", SID_TASK),
+    "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}", TEXT_TASK),
+    "next_title": Task("samples", (
+        "The user has sequentially interacted with items {history}. Can you recommend the next item for him? Tell "
+        "me the title of the item.",), "{title}", TEXT_TASK),
+    "next_description": Task("samples", (
+        "Please review the user's historical interactions: {history}, and describe what kind of item he still "
+        "needs.",), "{description}", TEXT_TASK),
+    "text2token": Task("tokens", (
+        "Identify the specific SID token shared by items that exhibit the following scope and characteristics: "
+        '"{description}"',), "{token}", SID_TASK),
+    "token2text": Task("tokens", (
+        'Describe the typical scope and shared features of items associated with the token: "{token}"',),
+        "{description}", TEXT_TASK),
+    "description2sid": Task("items", ("Can you tell me what item is described as {about}?",), "{sid}", SID_TASK),
+    "text2sid": Task("items", ("What item is called {title} and described as {about}?",), "{sid}", SID_TASK),
+    "name_item": Task("items", ("Could you please tell me what item {sid} is called?",), "{title}", TEXT_TASK),
+    "describe_item": Task("items", ("Briefly describe item {sid}.",), "{description}", TEXT_TASK),
+    "sid2text": Task("items", ("What is the title and description of item {sid}?",), "{title}\n\n{description}",
+                     TEXT_TASK),
+    "retrieve": Task("samples", (
+        "The user has interacted with items {history} in chronological order. Can you predict the next possible "
+        "item that the user may expect?",
+        "Based on the items that the user has interacted with: {history}, can you determine what item would be "
+        "recommended to the user next?",
+        "Here is the item interaction history of the user: {history}, what to recommend to the user next?"),
+        "{sid}", SID_TASK),
+    "titles2sid": Task("samples", (
+        "The user has bought items with these titles, in chronological order: {titles}. Which item comes next?",),
+        "{sid}", SID_TASK),
+    "search": Task("queries", (
+        "As a recommender system, you are assisting a user who expresses a desire to obtain an item with the "
+        "following characteristics: {query}. Please recommend an item that meets these criteria.",
+        "The user wants a new item and searches for: {query}. Please select a suitable item that matches the "
+        "search intent.",
+        "Based on the user's current query {query}, please generate an item that matches the user's intent."),
+        "{sid}", SID_TASK),
 }
+TS_REC = "next,title2sid,sid2title,next_title,next_description,text2token,token2text"
+STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
 
-# Settings that depend on the backbone, in one place. "hf" is the paper's section 5.1.4.
+# Settings that depend on backbone and stage, in one place. "hf" is TS-Rec's section 5.1.4, "align" STAR's A.4.
 PRESETS = {
-    "hf": dict(tasks=",".join(TASKS), epochs=3, lr=3e-4, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
+    "hf": dict(tasks=TS_REC, epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
                evals_per_epoch=4, max_response=256, micro_tokens=16384),
-    "tiny": dict(tasks="next,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6, lr=1.5e-3, batch_size=64,
-                 warmup=100, dropout=0.0, weight_decay=0.01, evals_per_epoch=1, max_response=128, micro_tokens=3072),
+    "tiny": dict(tasks="next,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6, lr=1.5e-3, beta2=0.95,
+                 batch_size=64, warmup=100, dropout=0.0, weight_decay=0.01, evals_per_epoch=1, max_response=128,
+                 micro_tokens=3072),
+    "align": dict(tasks=STAR_ALIGN, epochs=10, lr=1e-3, beta2=0.999, batch_size=16, weight_decay=0.0,
+                  evals_per_epoch=1),
 }
 
 
@@ -79,25 +130,30 @@ PRESETS = {
 
 def task_fields(source: str, data: dict) -> list[dict]:
     """The values that a task's templates take, one dict per example of its source."""
-    sid = {item["item_id"]: "".join(item["sid"]) for item in data["items"]}
+    item = {item["item_id"]: item for item in data["items"]}
+    sid = {i: "".join(item[i]["sid"]) for i in item}
+
+    def about(i) -> dict:
+        return {"sid": sid[i], "title": item[i]["title"], "description": item[i]["description"],
+                "about": " ".join(item[i]["description"].split()[:DESCRIPTION_WORDS])}
+
     if source == "samples":
-        item = {item["item_id"]: item for item in data["items"]}
-        return [{"history": ", ".join(sid[i] for i in s["history"]), "sid": sid[s["target"]],
-                 "title": item[s["target"]]["title"], "description": item[s["target"]]["description"]}
-                for s in data["samples"]]
+        return [{"history": ", ".join(sid[i] for i in s["history"]), **about(s["target"]),
+                 "titles": ", ".join(f'"{item[i]["title"]}"' for i in s["history"])} for s in data["samples"]]
     if source == "items":
-        return [{"sid": sid[i["item_id"]], "title": i["title"], "description": i["description"]}
-                for i in data["items"]]
+        return [about(i) for i in item]
+    if source == "queries":
+        return [{"query": row["query"], **about(row["item_id"])} for row in data["queries"]]
     return [{"token": row["token"], "description": row["description"]} for row in data["tokens"]]
 
 
-def task_pairs(name: str, data: dict) -> list[tuple[str, str]]:
-    """(instruction, response) for every example of a task whose texts are not empty."""
-    task = TASKS[name]
-    pairs = []
+def task_pairs(name: str, data: dict, seed: str = "") -> list[tuple[str, str]]:
+    """(instruction, response) for every example of a task whose texts are not empty; `seed` draws the templates."""
+    task, rng, pairs = TASKS[name], random.Random(f"{seed} {name}"), []
     for fields in task_fields(task.source, data):
-        if all(fields[key].strip() for key in fields if "{" + key + "}" in task.instruction + task.response):
-            pairs.append((task.instruction.format(**fields), task.response.format(**fields)))
+        instruction = rng.choice(task.instructions)
+        if all(value.strip() for key, value in fields.items() if "{" + key + "}" in instruction + task.response):
+            pairs.append((instruction.format(**fields), task.response.format(**fields)))
     return pairs
 
 
@@ -122,8 +178,8 @@ class Example(NamedTuple):
 
 def encode_examples(tokenizer, name: str, pairs: list[tuple[str, str]], max_response: int,
                     weight: float = 1.0) -> list[Example]:
-    """Tokenise a task's pairs. EOS ends a text response, unless it was cut to `max_response` tokens; prompts are
-    never cut."""
+    """Tokenise a task's pairs, in parallel. EOS ends a text response, unless it was cut to `max_response` tokens;
+    prompts are never cut."""
     if not pairs:
         return []
     end = [tokenizer.eos_token_id] if TASKS[name].text else []
@@ -159,9 +215,17 @@ def length_batches(sequences: list[list[int]], max_tokens: int) -> list[list[int
     return batches
 
 
-def micro_batches(examples: list[Example], micro_tokens: int) -> list[list[Example]]:
-    """Cut a batch, sorted by length, into pieces of at most `micro_tokens` tokens, padding included."""
-    return [[examples[row] for row in rows] for rows in length_batches([e.ids for e in examples], micro_tokens)]
+def micro_batches(examples: list[Example], micro_tokens: int, rank: int = 0, world: int = 1) -> list[list[Example]]:
+    """Cut a batch, sorted by length, into pieces of at most `micro_tokens` tokens, padding included; this process's.
+
+    Every process gets as many pieces, since each forward pass of FSDP is an appointment of all: who has one less
+    takes a piece of weight nothing.
+    """
+    share = -(-sum(len(e.ids) for e in examples) // world)
+    rows = length_batches([e.ids for e in examples], min(micro_tokens, share) if world > 1 else micro_tokens)
+    pieces = [[examples[row] for row in piece] for piece in rows]
+    idle = [[e._replace(weight=0.0) for e in pieces[0][:1]]] * (-len(pieces) % world)
+    return (pieces + idle)[rank::world]
 
 
 def epoch_batches(examples: list[Example], batch_size: int, rng: random.Random) -> list[list[Example]]:
@@ -174,6 +238,116 @@ def epoch_batches(examples: list[Example], batch_size: int, rng: random.Random) 
         batches += [block[i:i + batch_size] for i in range(0, len(block), batch_size)]
     rng.shuffle(batches)
     return batches
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What trains: everything, the SID rows alone (STAR), or adapters and SID rows (LoRA)
+# ---------------------------------------------------------------------------------------------------------
+
+def train_sid_rows(model, sid_ids: torch.Tensor) -> None:
+    """Freeze the model but for its SID rows, in the embedding and, where untied, in the LM head.
+
+    STAR, algorithm 1: a hook multiplies the matrix's gradient by a mask (V, 1) that is 1 on SID rows. With no weight
+    decay and a fresh optimizer the other rows then stay bit-identical (decay or old momentum would move them).
+    Cost, honestly: autograd knows no rows, so the gradient and AdamW's two moments are dense, 3 x V x D floats per
+    matrix, of which L x K rows are used: 2.8 GB for Qwen2.5-1.5B, against 18.5 GB when everything trains.
+    """
+    model.requires_grad_(False)
+    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        if not matrix.requires_grad:                                    # the second time round: tied
+            mask = torch.zeros(len(matrix), 1, device=matrix.device)
+            mask[sid_ids.flatten().to(matrix.device)] = 1
+            matrix.requires_grad_(True)
+            matrix.register_hook(lambda grad, mask=mask: grad * mask)
+
+
+class LoRA(torch.nn.Module):
+    """y = W x + alpha / R * B A dropout(x), W frozen, B = 0 at the start (Hu et al. 2021, arXiv 2106.09685)."""
+    def __init__(self, linear: torch.nn.Linear, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.scale = linear, args.lora_dropout, args.lora_alpha / args.lora
+        self.a = torch.nn.Parameter(torch.empty(args.lora, linear.in_features, device=linear.weight.device))
+        self.b = torch.nn.Parameter(torch.zeros(linear.out_features, args.lora, device=linear.weight.device))
+        torch.nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.a)
+        return self.linear(x) + self.scale * F.linear(low, self.b)
+
+
+def add_lora(model, args: argparse.Namespace) -> None:
+    """Put an adapter around every projection named in LORA_TARGETS; all else stays as it was."""
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if name in LORA_TARGETS and isinstance(child, torch.nn.Linear)]
+    if not found:
+        stop(f"--lora: the backbone has no layer named {', '.join(LORA_TARGETS)}; train it without")
+    for parent, name, child in found:
+        setattr(parent, name, LoRA(child, args))
+
+
+def merge_lora(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the same model without adapters: W + alpha / R * B A in the place of W."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            a, b = weights.pop(f"{name}.a"), weights.pop(f"{name}.b")
+            weights[f"{name}.weight"] = weights.pop(f"{name}.linear.weight") + module.scale * b @ a
+            if f"{name}.linear.bias" in weights:
+                weights[f"{name}.bias"] = weights.pop(f"{name}.linear.bias")
+    return weights
+
+
+def add_dropout(model, p: float) -> None:
+    """Drop parts of the embeddings and of every residual branch while training (Llama-like models have no
+    residual dropout of their own)."""
+    def hook(module, inputs, output):
+        return F.dropout(output, p, model.training)
+    branches = [m for name, m in model.named_modules() if name.endswith((".o_proj", ".down_proj"))]
+    for module in [model.get_input_embeddings(), *branches] if p > 0 else []:
+        module.register_forward_hook(hook)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several processes, interrupts, random states (rl.py uses them too)
+# ---------------------------------------------------------------------------------------------------------
+
+def join_processes(flag: str) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes; under torchrun joins the others. Only rank 0 speaks."""
+    device = pick_device(flag)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place; alone, the value itself."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def on_interrupt() -> Callable[[torch.device], bool]:
+    """From now on Ctrl-C and SIGTERM are only remembered; the function returned says whether any process got one."""
+    heard = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: heard.append(number))
+    return lambda device: bool(all_sum(torch.tensor(len(heard), device=device)).item())
+
+
+def random_states() -> dict:
+    """States of torch's generators in this process."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_states(states: dict) -> None:
+    """Go on drawing where `random_states` was taken."""
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state_all(states["cuda"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -192,14 +366,26 @@ def response_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(logits.float(), labels[wanted], reduction="none")
 
 
-def add_dropout(model, p: float) -> None:
-    """Drop parts of the embeddings and of every residual branch while training (Llama-like models have no
-    residual dropout of their own)."""
-    def hook(module, inputs, output):
-        return F.dropout(output, p, model.training)
-    branches = [m for name, m in model.named_modules() if name.endswith((".o_proj", ".down_proj"))]
-    for module in [model.get_input_embeddings(), *branches] if p > 0 else []:
-        module.register_forward_hook(hook)
+class ResponseLoss(torch.nn.Module):
+    """`response_loss` as a module: what DistributedDataParallel and FSDP wrap."""
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return response_loss(self.model, ids, labels)
+
+
+def spread(model, world: int, fsdp: bool) -> torch.nn.Module:
+    """The loss as a module over all processes: replicated, or (FSDP) every layer's weights cut into shards."""
+    loss = ResponseLoss(model)
+    if fsdp:
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(model.device.type, (world,))
+        for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(loss, mesh=mesh)
+    return DistributedDataParallel(loss) if world > 1 else loss
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -210,85 +396,180 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
 
 
 def make_optimizer(model, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices, not on norms and biases."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.lr > 1e-3 else 0.999),
+    """AdamW on what trains; weight decay on matrices, not on norms and biases, and never on masked rows."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    decay = 0.0 if args.stage == "align" or args.lora else args.weight_decay
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, args.beta2),
                              fused=model.device.type == "cuda")
 
 
 @torch.no_grad()
-def validation_loss(model, examples: list[Example], args: argparse.Namespace) -> float:
-    """Mean negative log-likelihood per supervised token of the validation examples."""
-    model.eval()
-    total, count = 0.0, 0
-    for piece in micro_batches(examples, args.micro_tokens):
-        ids, labels = collate(piece, model.device)
-        with autocast(model.device, args.precision):
-            losses = response_loss(model, ids, labels)
-        total, count = total + losses.double().sum().item(), count + len(losses)
-    model.train()
-    return total / count
+def validation_loss(loss_of: ResponseLoss, examples: list[Example], args: argparse.Namespace) -> float:
+    """Mean negative log-likelihood per supervised token of the validation examples, over all processes."""
+    device = next(loss_of.parameters()).device
+    loss_of.eval()
+    total = torch.zeros(2, dtype=torch.double, device=device)
+    for piece in micro_batches(examples, args.micro_tokens, args.rank, args.world):
+        ids, labels = collate(piece, device)
+        with autocast(device, args.precision):
+            losses = loss_of(ids, labels)
+        if piece[0].weight:
+            total += torch.stack((losses.double().sum(), torch.tensor(len(losses), device=device)))
+    loss_of.train()
+    total = all_sum(total)
+    return (total[0] / total[1]).item()
 
 
-def train_step(model, optimizer, batch: list[Example], args: argparse.Namespace) -> tuple[float, float]:
-    """One update on one batch, whatever its micro-batches; returns weighted loss per token, gradient norm."""
-    supervised = sum(e.weight * (len(e.ids) - e.start) for e in batch)
-    total = torch.zeros((), device=model.device)
+def train_step(loss_of: ResponseLoss, optimizer, batch: list[Example],
+               args: argparse.Namespace) -> tuple[torch.Tensor, float]:
+    """One update on one batch, however many micro-batches and processes.
+
+    -> this process's sums per task (tasks, 2): negative log-likelihood and number of supervised tokens; the
+    gradient norm. DDP and FSDP average gradients over processes, so the loss is taken times their number.
+    """
+    device, names = next(loss_of.parameters()).device, list(TASKS)
+    supervised = sum(e.weight * (len(e.ids) - e.start) for e in batch)              # of all processes
+    sums = torch.zeros(len(names), 2, device=device)
     optimizer.zero_grad(set_to_none=True)
-    for piece in micro_batches(batch, args.micro_tokens):
-        ids, labels = collate(piece, model.device)
-        weights = torch.tensor([e.weight for e in piece for _ in e.ids[e.start:]], device=model.device)     # (S,)
-        with autocast(model.device, args.precision):
-            loss = (response_loss(model, ids, labels) * weights).sum() / supervised
+    pieces = micro_batches(batch, args.micro_tokens, args.rank, args.world)
+    for number, piece in enumerate(pieces, 1):
+        if args.fsdp:                                                               # exchange gradients once
+            loss_of.set_requires_gradient_sync(number == len(pieces))
+        elif args.world > 1:
+            loss_of.require_backward_grad_sync = number == len(pieces)
+        ids, labels = collate(piece, device)
+        weights = torch.tensor([e.weight for e in piece for _ in e.ids[e.start:]], device=device)        # (S,)
+        kinds = torch.tensor([names.index(e.task) for e in piece for _ in e.ids[e.start:]], device=device)
+        with autocast(device, args.precision):
+            losses = loss_of(ids, labels)
+            loss = (losses * weights).sum() / supervised * args.world
         loss.backward()
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        live = (weights > 0).float()
+        sums.index_add_(0, kinds, torch.stack((losses.detach() * live, live), 1))
+    norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), args.clip)
     optimizer.step()
-    return total.item(), norm.item()
+    return sums, (norm.full_tensor() if args.fsdp else norm).item()
 
 
-def fit(model, train: list[Example], valid: list[Example], args: argparse.Namespace, save, log: list[dict]) -> None:
-    """The training loop: epochs, schedule, validation, early stopping; `save(step, metrics)` at every best."""
+# ---------------------------------------------------------------------------------------------------------
+# The training loop, its log, and how it survives
+# ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """Where a run stands: with weights, optimizer and random states, all that --resume needs."""
+    epoch: int = 0
+    done: int = 0                       # updates of this epoch
+    step: int = 0
+    best: float = math.inf              # lowest validation loss
+    bad: int = 0                        # validations since then
+    order: tuple = ()                   # the data order's generator at the start of this epoch
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(len(TASKS), 2))      # since the last log line
+    log: list[dict] = field(default_factory=list)
+
+
+def find_parents(items: list[dict]) -> dict[str, set]:
+    """The prefixes under which each SID token in use stands: {"<b_3>": {("<a_0>",), ("<a_7>",)}, ...}."""
+    parents: dict[str, set] = {}
+    for item in items:
+        for level, token in enumerate(item["sid"]):
+            parents.setdefault(token, set()).add(tuple(item["sid"][:level]))
+    return parents
+
+
+def geometry(rows: torch.Tensor, parents: list[set]) -> dict[str, float]:
+    """How the SID rows (n, D) lie: STAR's collapse (section 2.1, figure 2) is rank 1 and cosine 1.
+
+    Effective rank: exp of the entropy of the normalised singular values (Roy and Vetterli 2007). `siblings`: share
+    of tokens below the first level whose nearest token (cosine) stands under one of their parents too.
+    """
+    rows = rows.detach().float()
+    share = torch.linalg.svdvals(rows)
+    share = share / share.sum()
+    unit = F.normalize(rows, dim=1)
+    near = (unit @ unit.T).fill_diagonal_(-2).argmax(1).tolist()
+    below = [bool(parents[n] & parents[i]) for i, n in enumerate(near) if () not in parents[i]]
+    return {"effective_rank": torch.exp(-torch.xlogy(share, share).sum()).item(),
+            "cosine": ((unit.sum(0).square().sum() - len(unit)) / max(1, len(unit) * (len(unit) - 1))).item(),
+            "siblings": sum(below) / max(1, len(below))}
+
+
+def loss_report(sums: torch.Tensor, weights: dict[str, float]) -> dict[str, float]:
+    """Mean loss per supervised token since the last line: as weighted in training, and of each task alone."""
+    sums = all_sum(sums.clone()).double().cpu()
+    each = {name: (sums[i, 0] / sums[i, 1]).item() for i, name in enumerate(TASKS) if sums[i, 1]}
+    weighted = sums * torch.tensor([[weights.get(name, 0.0)] for name in TASKS])
+    return {"loss": (weighted[:, 0].sum() / weighted[:, 1].sum()).item(), **{f"loss/{n}": x for n, x in each.items()}}
+
+
+def remaining_batches(make_examples: Callable, args: argparse.Namespace, at: Progress):
+    """From where the run stands to its end: (batch, updates per epoch); moves `at` on before each."""
     rng = random.Random(args.seed)
-    per_epoch = math.ceil(len(train) / args.batch_size)
-    steps, step, best, bad = per_epoch * args.epochs, 0, math.inf, 0
-    eval_every = max(1, per_epoch // args.evals_per_epoch)
-    optimizer = make_optimizer(model, args)
-    model.train()
-    bar, start, tokens, running = tqdm(total=steps, desc="train", unit="step", disable=None), time.time(), 0, []
-    for epoch in range(args.epochs):
-        for batch in epoch_batches(train, args.batch_size, rng):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args)
-            loss, norm = train_step(model, optimizer, batch, args)
-            step, tokens = step + 1, tokens + sum(len(e.ids) for e in batch)
-            running.append(loss)
-            bar.update()
-            row = {"step": step, "epoch": round(step / per_epoch, 3)}
-            if step % args.log_every == 0:
-                row |= {"loss": sum(running) / len(running), "lr": optimizer.param_groups[0]["lr"],
-                        "grad_norm": norm, "tokens_per_second": round(tokens / (time.time() - start))}
-                bar.write("step {step:05d}/{steps} | loss {loss:.4f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
-                          "{tokens_per_second} tok/s".format(steps=steps, **row))
-                running.clear()
-            if step % eval_every == 0 or step == steps:
-                row["valid_loss"] = validation_loss(model, valid, args)
-                if not math.isfinite(row["valid_loss"]):
-                    stop(f"the validation loss of step {step} is {row['valid_loss']}; choose a lower --lr")
-                better = row["valid_loss"] < best
-                best, bad = (row["valid_loss"], 0) if better else (best, bad + 1)
-                bar.write(f"step {step:05d}/{steps} | valid loss {row['valid_loss']:.4f}"
-                          + (" | best so far, saved" if better else f" | no better for {bad}"))
-                if better:
-                    save(step, {"valid_loss": best, "epoch": row["epoch"]})
-            if len(row) > 2:
-                log.append(row)
-            if bad >= args.patience:
-                bar.close()
-                print(f"stopped early: no better validation loss for {bad} evaluations")
-                return
+    if at.order:
+        rng.setstate(at.order)
+    while at.epoch < args.epochs:
+        at.order = rng.getstate()
+        batches = epoch_batches(make_examples(at.epoch), args.batch_size, rng)
+        for batch in batches[at.done:]:
+            at.step, at.done = at.step + 1, at.done + 1
+            yield batch, len(batches)
+        at.epoch, at.done = at.epoch + 1, 0
+
+
+def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[Example], weights: dict[str, float],
+        args: argparse.Namespace, at: Progress, look: Callable[[], dict], save: Callable[[bool], None]) -> bool:
+    """The training loop: schedule, log, validation, early stopping; False if interrupted before its end.
+
+    `make_examples(epoch)` gives an epoch's examples, `look()` the SID rows' geometry; `save(better)` keeps the run's
+    progress and, if better, the weights as the best so far.
+    """
+    device, interrupted = next(loss_of.parameters()).device, on_interrupt()
+    at.sums, at.log = at.sums.to(device), at.log or [{"step": 0, **look()}]
+    bar = tqdm(initial=at.step, desc=args.stage, unit="step", disable=args.rank > 0 or None)
+    start, tokens, supervised = time.time(), 0, 0
+    loss_of.train()
+    for batch, per_epoch in remaining_batches(make_examples, args, at):
+        if at.bad >= args.patience:
+            bar.write(f"stopped early: no better validation loss for {at.bad} evaluations")
+            break
+        bar.total = steps = per_epoch * args.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(at.step - 1, steps, args)
+        sums, norm = train_step(loss_of, optimizer, batch, args)
+        at.sums += sums
+        tokens, supervised = (n + sum(len(e.ids) - skip * e.start for e in batch)
+                              for n, skip in ((tokens, 0), (supervised, 1)))
+        bar.update()
+        row = {"step": at.step, "epoch": round(at.step / per_epoch, 3)}
+        if at.step % args.log_every == 0:
+            seconds = time.time() - start
+            row |= {**loss_report(at.sums, weights), "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, **look(),
+                    "tokens_per_second": round(tokens / seconds), "supervised_per_second": round(supervised / seconds)}
+            bar.write(f"step {at.step:05d}/{steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | grad {norm:.2f} | "
+                      f"SID rows: rank {row['effective_rank']:.1f}, cosine {row['cosine']:.3f} | "
+                      f"{row['tokens_per_second']} tok/s")
+            at.sums, start, tokens, supervised = torch.zeros_like(at.sums), time.time(), 0, 0
+        better, validate = False, at.step % max(1, per_epoch // args.evals_per_epoch) == 0 or at.step == steps
+        if validate:
+            row["valid_loss"] = validation_loss(loss_of, valid, args)
+            better = row["valid_loss"] < at.best
+            at.best, at.bad = (row["valid_loss"], 0) if better else (at.best, at.bad + 1)
+            bar.write(f"step {at.step:05d}/{steps} | valid loss {row['valid_loss']:.4f}"
+                      + (" | best so far, saved" if better else f" | no better for {at.bad}"))
+            if not math.isfinite(row["valid_loss"]):
+                stop(f"the validation loss of step {at.step} is {row['valid_loss']}; choose a lower --lr")
+        if len(row) > 2:
+            at.log.append(row)
+        leave = interrupted(device)
+        if validate or leave or at.step % args.save_every == 0:
+            save(better)
+        if leave:
+            bar.close()
+            return False
     bar.close()
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -320,16 +601,20 @@ def show_example(tokenizer, example: Example) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--stage", choices=("align", "sft"), default="sft",
+                        help="align: only the SID rows train (STAR); sft: all weights, or --lora's")
     files = parser.add_argument_group("files")
     files.add_argument("--run", default="runs/demo", help="folder of the run")
     files.add_argument("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
-    files.add_argument("--out", help="instead of RUN/sft.pt")
-    method = parser.add_argument_group("method (default: by backbone, see PRESETS)")
+    files.add_argument("--out", help="instead of RUN/align.pt or RUN/sft.pt")
+    files.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same flags stopped")
+    method = parser.add_argument_group("method (default: by backbone and stage, see PRESETS)")
     method.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}; "
                         "name:0.5 gives each supervised token of a task that weight")
     method.add_argument("--epochs", type=int, help="passes over all examples")
     method.add_argument("--lr", type=float, help="peak learning rate")
-    method.add_argument("--batch-size", type=int, help="examples per update")
+    method.add_argument("--beta2", type=float, help="AdamW's second moment decay")
+    method.add_argument("--batch-size", type=int, help="examples per update, of all processes together")
     method.add_argument("--warmup", type=int, help="updates of linear warm-up")
     method.add_argument("--dropout", type=float, help="share of embeddings and residual branches dropped")
     method.add_argument("--weight-decay", type=float, help="AdamW's, on matrices")
@@ -337,21 +622,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--max-response", type=int, help="tokens kept of a text response")
     method.add_argument("--micro-tokens", type=int,
                         help="tokens per forward pass, padding included: memory only, the update is the same")
+    lora = parser.add_argument_group("low-rank adapters (STAR: 8, 32, 0.05); the SID rows train in full")
+    lora.add_argument("--lora", type=int, default=0, metavar="R", help="rank; 0: train all weights")
+    lora.add_argument("--lora-alpha", type=float, default=32, help="adapters count alpha / R")
+    lora.add_argument("--lora-dropout", type=float, default=0.05, help="share of an adapter's input dropped")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
                       help="arithmetic over float32 weights; fast: bf16 on CUDA and on CPUs that have it")
+    loop.add_argument("--fsdp", action="store_true", help="under torchrun: cut weights and optimizer into shards")
+    loop.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
     loop.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     loop.add_argument("--patience", type=int, default=3, help="stop after so many validations without a better loss")
     loop.add_argument("--log-every", type=int, default=100, help="updates per log line")
-    loop.add_argument("--seed", type=int, default=42, help="seed of the data order and of dropout")
+    loop.add_argument("--save-every", type=int, default=500, help="updates between saves for --resume")
+    loop.add_argument("--seed", type=int, default=42, help="seed of data order, templates, adapters and dropout")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    counts = ("epochs", "batch_size", "evals_per_epoch", "max_response", "micro_tokens", "patience", "log_every")
+    counts = ("epochs", "batch_size", "evals_per_epoch", "max_response", "micro_tokens", "patience", "log_every",
+              "save_every")
     for name in counts:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= (args.dropout or 0) < 1:
-        parser.error("--dropout must be at least 0 and less than 1")
+    if not 0 <= (args.dropout or 0) < 1 or not 0 <= args.lora_dropout < 1 or args.lora < 0:
+        parser.error("--dropout and --lora-dropout must be at least 0 and less than 1, --lora at least 0")
+    if args.lora and args.stage == "align" or args.fsdp and (args.lora or args.stage == "align"):
+        parser.error("--stage align, --lora and --fsdp exclude each other: gradients of shards cannot be masked by row")
+    if args.fsdp and "RANK" not in os.environ:
+        parser.error("--fsdp needs several processes: torchrun --nproc-per-node N -- train.py --fsdp")
     if args.tasks is not None:
         try:
             parse_tasks(args.tasks)
@@ -360,57 +657,163 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def fill_in(args: argparse.Namespace, backbone: str) -> dict[str, float]:
+    """Set what the flags leave open from PRESETS; -> the tasks' weights. Queries bring their task with them."""
+    preset = dict(PRESETS["tiny" if backbone == "tiny" else "hf"])
+    if args.stage == "align":
+        preset |= PRESETS["align"]
+    elif (Path(args.run) / "queries.jsonl").exists():
+        preset["tasks"] += ",search"
+    for key, value in preset.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.backbone = backbone
+    return parse_tasks(args.tasks)
+
+
+def read_queries(path: Path, known: set, split: str) -> list[dict]:
+    """The search queries of one split, {"item_id", "query", "split"}."""
+    rows = read_jsonl(path, ("item_id", "query", "split"))
+    for number, row in enumerate(rows, 1):
+        check_known(f"{path}, line {number}", [row["item_id"]], known)
+    return [row for row in rows if row["split"] == split]
+
+
+def read_data(run: Path, items: list[dict], weights: dict[str, float]) -> dict:
+    """What the tasks need of the run's files, test.jsonl never among them."""
+    known, sources = {item["item_id"] for item in items}, {TASKS[name].source for name in weights}
+    data = {"items": items}
+    if "samples" in sources:
+        data["samples"] = read_samples(run / "train.jsonl", known)
+    if "tokens" in sources:
+        data["tokens"] = read_jsonl(run / "semantics.jsonl", ("token", "description"))
+    if "queries" in sources:
+        data["queries"] = read_queries(run / "queries.jsonl", known, "train")
+    return data
+
+
+def encode_tasks(tokenizer, data: dict, weights: dict[str, float], args: argparse.Namespace) -> dict[str, list]:
+    """The examples of every task, by its name."""
+    tasks = {}
+    for name in tqdm(weights, desc="tokenise", unit="task", delay=2, disable=args.rank > 0 or None):
+        pairs = task_pairs(name, data, str(args.seed))
+        tasks[name] = encode_examples(tokenizer, name, pairs, args.max_response, weights[name])
+        if not tasks[name]:
+            stop(f"--tasks: {name} has no examples in this run; leave it out")
+    return tasks
+
+
+def split_examples(tokenizer, tasks: dict[str, list], run: Path, items: list[dict], args: argparse.Namespace):
+    """Training and validation examples. The validation set of sft is valid.jsonl's next items; the tasks of align
+    have none: every 20th example is held out, of each task other items."""
+    if args.stage == "align":
+        numbered = [(number % 20 == task, e) for task, examples in enumerate(tasks.values())
+                    for number, e in enumerate(examples)]
+        train, valid = ([e for held, e in numbered if held == wanted] for wanted in (False, True))
+    else:
+        samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in items})
+        train = [e for examples in tasks.values() for e in examples]
+        valid = encode_examples(tokenizer, "next", task_pairs("next", {"items": items, "samples": samples}), 0)
+    return train, valid
+
+
+def check_lengths(longest: int, model, remedy: str) -> None:
+    """Stop if a sequence is longer than the backbone's positions reach."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; {remedy}")
+
+
+def resume(path: Path, loss_of: ResponseLoss, optimizer, args: argparse.Namespace) -> Progress:
+    """Restore weights, optimizer and random states from a resume file; where the run stands."""
+    saved = load_pt(path, ("weights", "optimizer", "random", "args", "progress"))
+    for key, value in saved["args"].items():
+        if getattr(args, key, None) != value:
+            stop(f"{path} is of a run with --{key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
+                 "same flags, or leave out --resume")
+    set_state_dict(loss_of.model, optimizer, model_state_dict=saved["weights"],
+                   optim_state_dict=saved["optimizer"], options=StateDictOptions(full_state_dict=True))
+    set_random_states(saved["random"][args.rank])
+    return Progress(**saved["progress"])
+
+
+def save_progress(path: Path, state: tuple[dict, dict], at: Progress, args: argparse.Namespace) -> None:
+    """Write the resume file, atomically; all processes give their random states, rank 0 writes."""
+    states = [random_states()] * args.world
+    if args.world > 1:
+        dist.all_gather_object(states, random_states())
+    same = {k: v for k, v in vars(args).items() if k not in ("resume", "device", "rank", "start")}
+    if args.rank == 0:
+        with replacing(path) as temporary:
+            torch.save({"weights": state[0], "optimizer": state[1], "random": states, "args": same,
+                        "progress": {**vars(at), "sums": at.sums.cpu()}}, temporary)
+
+
 def main() -> None:
     args = parse_args()
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
+    device, args.rank, args.world = join_processes(args.device)
+    torch.manual_seed(args.seed + args.rank)
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")      # its CPU backward is slow on short prompts
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else gigabytes of kernels, one per shape
     run = Path(args.run)
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
-    preset = PRESETS["tiny" if checkpoint["args"].get("backbone") == "tiny" else "hf"]
-    for key, value in preset.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.backbone = checkpoint["args"].get("backbone")
-    weights = parse_tasks(args.tasks)
+    weights = fill_in(args, checkpoint["args"].get("backbone"))
+    sid, parents = checkpoint["sid"], find_parents(items)
+    sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
 
-    known = {item["item_id"] for item in items}
-    data = {"items": items, "samples": read_samples(run / "train.jsonl", known),
-            "tokens": read_jsonl(run / "semantics.jsonl", ("token", "description"))
-            if any(TASKS[n].source == "tokens" for n in weights) else []}
-    train = []
-    for name, weight in weights.items():
-        examples = encode_examples(tokenizer, name, task_pairs(name, data), args.max_response, weight)
-        if not examples:
-            stop(f"--tasks: {name} has no examples in this run; leave it out")
+    tasks = encode_tasks(tokenizer, read_data(run, items, weights), weights, args)
+    for name, examples in tasks.items():
         print(f"task {name:>16} | {len(examples)} examples | {sum(len(e.ids) for e in examples)} tokens | "
-              f"{sum(len(e.ids) - e.start for e in examples)} supervised, weight {weight:g}")
+              f"{sum(len(e.ids) - e.start for e in examples)} supervised, weight {weights[name]:g}")
         show_example(tokenizer, examples[0])
-        train += examples
-    valid_data = {"items": items, "samples": read_samples(run / "valid.jsonl", known)}
-    valid = encode_examples(tokenizer, "next", task_pairs("next", valid_data), args.max_response)
-    longest, limit = max(len(e.ids) for e in train + valid), getattr(model.config, "max_position_embeddings", None)
-    if limit and longest > limit:
-        stop(f"the longest example has {longest} tokens, the backbone reads {limit}; lower --max-history in stage 1, "
-             "or leave out the task with long texts")
+    train, valid = split_examples(tokenizer, tasks, run, items, args)
+    check_lengths(max(len(e.ids) for e in train + valid), model,
+                  "lower --max-history in stage 1, or leave out the task with long texts")
 
+    if args.stage == "align" or args.lora:
+        train_sid_rows(model, sid_ids)
+    if args.lora:
+        add_lora(model, args)
     add_dropout(model, args.dropout)
-    print(f"device {device} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, all trained | "
-          f"{len(train)} examples, {len(valid)} for validation | batch {args.batch_size} | lr {args.lr} | "
-          f"{args.epochs} epochs of {math.ceil(len(train) / args.batch_size)} updates")
-    out = Path(args.out or run / "sft.pt")
-    log_path = out.with_name(out.stem + "_log.jsonl")
-    log: list[dict] = []
+    if args.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_of = spread(model, args.world, args.fsdp)
+    optimizer = make_optimizer(model, args)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"device {device} x {args.world} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+          f"{trained / 1e6:.2f} M with a gradient | {len(train)} examples, {len(valid)} for validation | "
+          f"lr {args.lr} | {args.epochs} epochs of {math.ceil(len(train) / args.batch_size)} updates of {args.batch_size}")
 
-    def save(step: int, metrics: dict) -> None:
-        save_model(out, model, tokenizer, checkpoint["sid"], stage="sft", args=vars(args), step=step, metrics=metrics)
-        write_jsonl(log_path, log or [metrics])
+    out = Path(args.out or run / f"{args.stage}.pt")
+    log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
+    at = resume(resume_path, loss_of, optimizer, args) if args.resume and resume_path.exists() else Progress()
+    if args.resume:
+        print(f"going on after update {at.step}" if at.step else f"no {resume_path}: starting from the beginning")
+    in_use = torch.tensor(tokenizer.convert_tokens_to_ids(list(parents)), device=device)
 
-    fit(model, train, valid, args, save, log)
-    write_jsonl(log_path, log)
-    print(f"wrote {out}, {log_path}")
+    def look() -> dict:
+        matrix = model.get_input_embeddings().weight
+        return geometry((matrix.full_tensor() if args.fsdp else matrix)[in_use], list(parents.values()))
+
+    def save(better: bool) -> None:
+        state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if better and args.rank == 0:
+            save_model(out, model, tokenizer, sid, merge_lora(model, dict(state[0])), stage=args.stage,
+                       args={**vars(args), "backbone": args.backbone}, step=at.step, metrics={"valid_loss": at.best})
+        if args.rank == 0:
+            write_jsonl(log_path, at.log)
+        save_progress(resume_path, state, at, args)
+
+    finished = fit(loss_of, optimizer, lambda epoch: train, valid, weights, args, at, look, save)
+    if args.rank == 0 and finished:
+        write_jsonl(log_path, at.log)
+        resume_path.unlink(missing_ok=True)
+    print(f"wrote {out}, {log_path}" if finished else f"stopped after update {at.step}: go on with --resume")
+    if args.world > 1:
+        dist.destroy_process_group()
+    if not finished:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
