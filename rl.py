@@ -10,7 +10,8 @@ For each prompt x the policy pi draws a group of G SIDs y through the trie; rewa
 
 Reads   RUN/sft.pt, RUN/items.jsonl, RUN/train.jsonl, RUN/valid.jsonl (only to validate), RUN/codebook.pt (only for
         the reward `semantic`)
-Writes  RUN/rl.pt (the weights with the best validation NDCG@10, the SFT model's included), RUN/rl_log.jsonl
+Writes  RUN/rl.pt (the weights with the best validation NDCG@10, the SFT model's included), RUN/rl_log.jsonl; while
+        it runs, RUN/rl_resume.pt
 
 Differs from the paper and from MiniOneRec
   1. Probabilities are over the trie's children at each level, in rollouts and update alike, so that the policy that
@@ -25,51 +26,36 @@ Differs from the paper and from MiniOneRec
 Examples
   python rl.py                                                     # the demo
   python rl.py --rollout beam --reward hit:1,rank:1                # MiniOneRec's rollouts and reward
-  torchrun --nproc-per-node 8 rl.py --run runs/qwen                # Qwen2.5-1.5B, the same update as on one GPU
+  torchrun --nproc-per-node 8 -- rl.py --run runs/qwen                # Qwen2.5-1.5B, the same update as on one GPU
 """
 import argparse
 import copy
-import math
 import os
 import random
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from evaluate import (Trie, beam_search, build_trie, expand, name_items, print_table, rank_metrics, rank_of, search_all,
                       tree_mask)
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
-from tokenize_items import codes_of, load_pt, pick_device, read_catalogue, read_samples, replacing, stop, write_jsonl
-from train import TASKS, length_batches, prompt_ids, task_pairs
-
-
-# ---- stand-ins until train.py has them ----
-
-def join_processes(flag):
-    return pick_device(flag), 0, 1
-
-
-def all_sum(tensor):
-    return tensor
-
-
-def on_interrupt():
-    import signal
-    seen = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: seen.append(1))
-    return lambda: bool(seen)
-
+from tokenize_items import codes_of, load_pt, read_catalogue, read_samples, stop, write_jsonl
+from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, join_processes, learning_rate, length_batches,
+                   on_interrupt, prompt_ids, read_data, resume, save_progress, task_pairs)
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts of a prompt, L levels, K codes per level, M most
 # children of a node, N items, D width.
 REWARDS = ("hit", "rank", "prefix", "semantic")
 CUTOFFS = (1, 5, 10, 50)                # of the validation; 50 beams
+GAUGED = ["HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10"]
 
 # Settings that depend on the backbone, in one place. "hf" is MiniOneRec's script.
 PRESETS = {
@@ -317,13 +303,6 @@ def batch_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     return order[step % per_epoch * batch_size:][:batch_size]
 
 
-def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to nothing."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Validation and the loop
 # ---------------------------------------------------------------------------------------------------------
@@ -344,66 +323,62 @@ def validate(model, shop: Shop, valid: Valid, args: argparse.Namespace) -> dict[
     return dict(zip(metrics, (sums[1:] / sums[0]).tolist()))
 
 
-def gauges(sums: torch.Tensor, group_size: int, steps: int) -> dict[str, float]:
-    """What the sums of roll_out and update over some steps say, per group."""
-    groups, dropped, hits, distinct, entropy, reward, square, kl, clipped, norm = sums.tolist()
+def gauges(sums: torch.Tensor, group_size: int) -> dict[str, float]:
+    """What the sums of some steps say: roll_out's and update's, their number, and the seconds they took."""
+    groups, dropped, hits, distinct, entropy, reward, square, kl, clipped, norm, steps, seconds = sums.tolist()
     kept = max(groups - dropped, 1)
     return {"reward": reward / groups, "reward_std": max(square / groups - (reward / groups) ** 2, 0) ** 0.5,
             f"hit@{group_size}": hits / groups, "zero_variance": dropped / groups, "unique": distinct / groups,
-            "entropy": entropy / groups, "kl": kl / kept, "clipped": clipped / kept, "grad_norm": norm / steps}
+            "entropy": entropy / groups, "kl": kl / kept, "clipped": clipped / kept, "grad_norm": norm / steps,
+            "prompts_per_second": groups / seconds, "rollouts_per_second": groups * group_size / seconds}
 
 
-def show(row: dict) -> str:
+def show(row: dict, names: list[str] | None = None) -> str:
     """A row of the log as one line."""
-    return " | ".join(f"{name} {value:.4g}" for name, value in row.items())
+    return " | ".join(f"{name} {row[name]:.4g}" for name in names or row)
 
 
-def fit(model, reference, optimizer, shop: Shop, train: list[Example], valid: Valid, state: dict, save, keep,
-        args: argparse.Namespace) -> None:
-    """The loop: rollouts, update, gauges, validation; `save(metrics)` at every best, `keep()` to resume from here.
+def fit(model, reference, optimizer, shop: Shop, train: list[Example], valid: Valid, at: Progress, save,
+        args: argparse.Namespace) -> bool:
+    """The loop: rollouts, update, gauges, validation; False if interrupted before its end.
 
-    `state` holds step, best, bad (validations since the best) and the log, and is what resuming restores.
+    `save(row)` keeps the run's progress and, given a row of the log, the weights as the best so far.
     """
-    steps = args.epochs * max(1, len(train) // args.batch_size)
-    noise, interrupted = torch.Generator(shop.sid_ids.device), on_interrupt()
-    sums, since, seconds = 0, 0, 0.0
-    bar = tqdm(total=steps, initial=state["step"], desc="rl", unit="step", disable=None if args.rank == 0 else True)
-    while state["step"] < steps and state["bad"] < args.patience:
-        start, step = time.time(), state["step"]
-        noise.manual_seed((args.seed << 32) + step * args.world + args.rank)    # a resumed run draws the same
-        rows = batch_rows(len(train), args.batch_size, step, args.seed)
+    device, interrupted, steps = model.device, on_interrupt(), args.epochs * max(1, len(train) // args.batch_size)
+    noise, at.sums = torch.Generator(device), at.sums.to(device)
+    bar = tqdm(total=steps, initial=at.step, desc="rl", unit="step", disable=args.rank > 0 or None)
+    while at.step < steps and at.bad < args.patience:
+        start = time.time()
+        noise.manual_seed((args.seed << 32) + at.step * args.world + args.rank)      # a resumed run draws the same
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
-        groups, drawn = roll_out(model, shop, [train[r] for r in rows[args.rank::args.world]], noise, args)
+            group["lr"] = learning_rate(at.step, steps, args)
+        rows = batch_rows(len(train), args.batch_size, at.step, args.seed)
+        mine = [train[r] for r in rows[args.rank::args.world]]
+        groups, drawn = roll_out(model, shop, mine, noise, args)
         learnt = update(model, reference, optimizer, shop, groups, len(rows), args)
-        learnt[2] /= args.world                                         # every process has the same norm
-        sums, since, seconds = sums + all_sum(torch.cat([drawn, learnt])), since + 1, seconds + time.time() - start
-        state["step"] = step + 1
+        took = torch.tensor([1, time.time() - start], device=device)
+        at.sums += torch.cat([drawn, learnt[:2], torch.cat([learnt[2:], took]) / args.world])  # all saw the same norm
+        at.step, row, better = at.step + 1, {"step": at.step + 1}, False
         bar.update()
-        row = {"step": step + 1}
-        if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            rate = float(sums[0]) / seconds
-            row |= {"lr": optimizer.param_groups[0]["lr"], **gauges(sums, args.group_size, since),
-                    "prompts_per_second": rate, "rollouts_per_second": rate * args.group_size}
-            sums, since, seconds = 0, 0, 0.0
+        if at.step % args.log_every == 0 or at.step == steps:
+            row |= {"lr": optimizer.param_groups[0]["lr"], **gauges(all_sum(at.sums.clone()), args.group_size)}
+            at.sums.zero_()
             bar.write(show(row))
-        if (step + 1) % args.eval_every == 0 or step + 1 == steps:
-            row |= validate(model, shop, valid, args)
-            better = row["NDCG@10"] > state["best"]
-            state["bad"] = 0 if better else state["bad"] + 1
-            bar.write(f"step {step + 1}/{steps} | valid " + show({k: row[k] for k in row if "@" in k and "hit" not in k})
-                      + (" | best so far, saved" if better else f" | no better for {state['bad']}"))
-            if better:
-                state["best"] = row["NDCG@10"]
-                save(row)
+        if at.step % args.eval_every == 0 or at.step == steps:
+            row |= (metrics := validate(model, shop, valid, args))
+            better = row["NDCG@10"] > at.best
+            at.best, at.bad = (row["NDCG@10"], 0) if better else (at.best, at.bad + 1)
+            bar.write(f"step {at.step}/{steps} | valid {show(metrics, GAUGED)}"
+                      + (" | best so far, saved" if better else f" | no better for {at.bad}"))
         if len(row) > 1:
-            state["log"].append(row)
-        stopped = interrupted()
-        if stopped or "NDCG@10" in row:
-            keep()
-        if stopped:
-            stop(f"interrupted after step {step + 1}; --resume goes on from there")
+            at.log.append(row)
+        leave = interrupted(device)
+        if leave or "NDCG@10" in row:
+            save(row if better else None)
+        if leave and at.step < steps:
+            return False
     bar.close()
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -483,7 +458,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--run", default="runs/demo", help="folder of the run")
     files.add_argument("--from", dest="start", help="checkpoint to start from, instead of RUN/sft.pt")
     files.add_argument("--out", help="instead of RUN/rl.pt")
-    files.add_argument("--resume", action="store_true", help="go on from RUN/rl_resume.pt")
+    files.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same flags stopped")
     method = parser.add_argument_group("method")
     method.add_argument("--tasks", type=parse_sid_tasks, default="next", help="prompts, tasks that ask for a SID")
     method.add_argument("--reward", type=parse_rewards, default="hit:1", help=f"mix of {', '.join(REWARDS)}")
@@ -522,12 +497,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def finish(log: list[dict], best: float, origin: str, out: Path) -> None:
+def finish(at: Progress, origin: str, out: Path) -> None:
     """Print the start against the best validation, and what the checkpoint holds."""
-    chosen = next(row for row in log if row.get("NDCG@10") == best)
-    print_table([{"method": name, "level": "item", **row} for name, row in
-                 ((f"valid, {origin}", log[0]), (f"valid, {out.name}", chosen))], CUTOFFS)
-    print(f"wrote {out}: " + (f"step {chosen['step']}" if chosen["step"] else
+    best = next(row for row in at.log if row.get("NDCG@10") == at.best)
+    print_table([{"method": f"valid, {name}", "level": "item", **row}
+                 for name, row in ((origin, at.log[0]), (out.name, best))], CUTOFFS)
+    print(f"wrote {out}: " + (f"step {best['step']}" if best["step"] else
                               f"no step has a better validation NDCG@10, these are the weights of {origin}"))
 
 
@@ -538,57 +513,54 @@ def main() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else gigabytes of kernels, one per shape
     run = Path(args.run)
     items = read_catalogue(run / "items.jsonl")
-    known = {item["item_id"] for item in items}
     origin = Path(args.start or run / "sft.pt")
     model, tokenizer, checkpoint = load_model(origin, device, items)
-    args.backbone = checkpoint["args"].get("backbone")
+    sid, args.backbone = checkpoint["sid"], checkpoint["args"].get("backbone")
     for key, value in PRESETS["tiny" if args.backbone == "tiny" else "hf"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    shop = make_shop(items, tokenizer, checkpoint["sid"], run / "codebook.pt" if "semantic" in args.reward else None,
-                     device)
-    data = {"items": items, "samples": read_samples(run / "train.jsonl", known)}
-    train = read_prompts(tokenizer, args.tasks, data, shop.trie)
-    valid = read_valid(tokenizer, read_samples(run / "valid.jsonl", known), items, args)
-    longest = max(len(p) for p in [*valid.prompts, *(e.prompt for e in train)]) + len(shop.sid_ids) - 1
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and longest > limit:
-        stop(f"the longest prompt and SID have {longest} tokens, the backbone reads {limit}; shorten the history")
+    shop = make_shop(items, tokenizer, sid, run / "codebook.pt" if "semantic" in args.reward else None, device)
+    train = read_prompts(tokenizer, args.tasks, read_data(run, items, args.tasks), shop.trie)
+    valid = read_valid(tokenizer, read_samples(run / "valid.jsonl", {i["item_id"] for i in items}), items, args)
+    longest = max(map(len, [*valid.prompts, *(e.prompt for e in train)]))
+    check_lengths(longest + sid["num_levels"] - 1, model, "lower --max-history in stage 1")
 
     model.eval()                                                        # no dropout: ratios start at one
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"device {device} x {args.world} | {size:.2f} M parameters, twice | lr {args.lr} | "
+          f"{len(train)} prompts, {len(valid.prompts)} validation users a process | {args.epochs} epochs of "
+          f"{max(1, len(train) // args.batch_size)} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
-    log_path, resume_path = out.with_name(out.stem + "_log.jsonl"), out.with_name(out.stem + "_resume.pt")
-    state = {"step": 0, "best": -1.0, "bad": 0, "log": []}
-    print(f"device {device}, {args.world} processes | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
-          f"parameters, twice | {len(train)} prompts, {len(valid.prompts)} validation users here | G {args.group_size}")
+    log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
 
-    def save(metrics: dict) -> None:
+    def save(best: dict | None) -> None:
+        state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if args.rank == 0:
-            save_model(out, model, tokenizer, checkpoint["sid"], stage="rl", args=vars(args), step=state["step"],
-                       metrics=metrics)
+            if best:
+                save_model(out, model, tokenizer, sid, stage="rl", args=vars(args), step=at.step, metrics=best)
+            write_jsonl(log_path, at.log)
+        save_progress(resume_path, state, at, args)
 
-    def keep() -> None:
-        if args.rank == 0:
-            with replacing(resume_path) as temporary:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, temporary)
-            write_jsonl(log_path, state["log"])
-
-    if args.resume:
-        kept = load_pt(resume_path, ("model", "optimizer", "state"))
-        model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
-        state = kept["state"]
+    if args.resume and resume_path.exists():
+        at = resume(resume_path, ResponseLoss(model), optimizer, args)
+        print(f"going on after update {at.step}")
     else:
-        state["log"].append({"step": 0, **validate(model, shop, valid, args)})
-        state["best"] = state["log"][0]["NDCG@10"]
-        print(f"the start | valid {show(state['log'][0])}")
-        save(state["log"][0])
-    fit(model, reference, optimizer, shop, train, valid, state, save, keep, args)
-    write_jsonl(log_path, state["log"])
-    finish(state["log"], state["best"], origin.name, out)
-    resume_path.unlink(missing_ok=True)
+        first = {"step": 0, **validate(model, shop, valid, args)}
+        at = Progress(best=first["NDCG@10"], sums=torch.zeros(12, dtype=torch.float64), log=[first])
+        print(f"the start | valid {show(first, GAUGED)}")
+        save(first)
+    finished = fit(model, reference, optimizer, shop, train, valid, at, save, args)
+    if finished:
+        finish(at, origin.name, out)
+        resume_path.unlink(missing_ok=True)
+    else:
+        print(f"stopped after update {at.step}: go on with --resume")
+    if args.world > 1:
+        dist.destroy_process_group()
+    if not finished:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast the search and the RL update are, against what one would write with public libraries, same weights, same process.
+"""How fast search and RL update are, against what one would write with public libraries, same weights, same process.
 
     python tests/benchmark.py                          # two cores: a 6-layer, 256-wide Qwen2 with 151,936 rows
     python tests/benchmark.py --device cuda            # a random model of Qwen2.5-1.5B's shape, bf16
@@ -260,7 +260,8 @@ def bench_sampling(bench: Bench, setup: Setup, users: int, group: int) -> None:
 def bench_update(bench: Bench, setup: Setup, users: int, group: int) -> None:
     """Log-probabilities of G rollouts per prompt, forward and backward; what the optimizer adds is the same for all."""
     model, trie, ids, prompts = setup.model, setup.trie, setup.sid_ids, setup.prompts[:users]
-    title, device, levels = f"{setup.name}: update B={len(prompts)} T={len(prompts[0])} G={group}", bench.device, len(ids)
+    title = f"{setup.name}: update B={len(prompts)} T={len(prompts[0])} G={group}"
+    device, levels = bench.device, len(ids)
     leaves, _, _ = beam_search(model, trie, ids, prompts, group, sample=torch.Generator(device).manual_seed(0))
     advantage = torch.randn(leaves.shape, generator=torch.Generator().manual_seed(0)).to(device)[..., None]
     said = torch.tensor(setup.sids, device=device)[leaves].flatten(0, 1)                     # (B * G, L) token ids

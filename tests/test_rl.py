@@ -2,6 +2,7 @@
 enumerated policy, a bandit, and whole runs."""
 import json
 import math
+import signal
 from argparse import Namespace
 
 import pytest
@@ -18,9 +19,9 @@ from tokenize_items import read_catalogue
 
 def settings(**changes) -> Namespace:
     """What rollouts and updates need."""
-    return Namespace(**{"rollout": "sample", "group_size": 6, "temperature": 1.0, "weights": "group", "advantage": "std",
-                        "reward": {"hit": 1.0}, "kl_coef": 0.0, "clip_eps": 0.2, "updates_per_rollout": 1,
-                        "micro_tokens": 4096, "precision": "float32", "clip": 1.0, **changes})
+    return Namespace(**{"rollout": "sample", "group_size": 6, "temperature": 1.0, "weights": "group",
+                        "advantage": "std", "reward": {"hit": 1.0}, "kl_coef": 0.0, "clip_eps": 0.2,
+                        "updates_per_rollout": 1, "micro_tokens": 4096, "precision": "float32", "clip": 1.0, **changes})
 
 
 def make_shop(num_levels: int, count: int, seed: int = 1) -> stage.Shop:
@@ -243,8 +244,9 @@ def test_groups_without_differences_are_dropped():
     size = len(shop.codes)
     assert [g.prompt for g in groups] == prompts[:1] and sums[:4].tolist() == [2, 1, 1, 2 * size]
     assert sums[5].item() == pytest.approx(1 / size) and sums[6].item() == pytest.approx(1 / size)
-    row = stage.gauges(torch.cat([sums, torch.tensor([0.5, 0.25, 3.0])]).double(), 40, 2)
+    row = stage.gauges(torch.cat([sums, torch.tensor([0.5, 0.25, 3.0, 2.0, 0.5])]).double(), 40)
     assert row["zero_variance"] == row["hit@40"] == 0.5 and row["unique"] == size and row["grad_norm"] == 1.5
+    assert row["prompts_per_second"] == 4 and row["rollouts_per_second"] == 160
     assert row["reward"] == pytest.approx(0.5 / size) and row["kl"] == 0.5 and row["clipped"] == 0.25
     assert row["reward_std"] == pytest.approx(math.sqrt(0.5 / size - 0.25 / size ** 2))
     before = [p.clone() for p in model.parameters()]
@@ -280,6 +282,15 @@ def test_batches_cover_an_epoch_and_shuffle_anew():
 # ---------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Runs catch SIGINT and SIGTERM; give them back."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
 
 QUICK = ("--epochs", 1, "--batch-size", 16, "--warmup", 1, "--eval-every", 3, "--log-every", 2, "--lr", 1e-3,
          "--group-size", 8)
@@ -321,23 +332,24 @@ def test_what_does_not_help_leaves_the_sft_weights(run, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("rollout", ("sample", "beam"))
-def test_resumed_equals_uninterrupted_bit_for_bit(run, monkeypatch, rollout):
+def test_resumed_equals_uninterrupted_bit_for_bit(run, monkeypatch, capsys, rollout):
     flags = ("--run", run, *QUICK, "--rollout", rollout, "--patience", 99)
     kept = []
     real = stage.validate                                               # every step better: rl.pt is the last step
     monkeypatch.setattr(stage, "validate", lambda *a: {**real(*a), "NDCG@10": kept.append(1) or float(len(kept))})
     call(stage, *flags, "--out", run / "whole.pt")
     asked = []
-    monkeypatch.setattr(stage, "on_interrupt", lambda: lambda: asked.append(1) or len(asked) == 4)
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(stage, "on_interrupt", lambda: lambda device: asked.append(1) or len(asked) == 4)
+    with pytest.raises(SystemExit) as stopped:
         call(stage, *flags, "--out", run / "cut.pt")
-    assert (run / "cut_resume.pt").exists() and len(asked) == 4
+    assert stopped.value.code == 130 and (run / "cut_resume.pt").exists() and len(asked) == 4
+    assert_stops(capsys, call, stage, *flags, "--out", run / "cut.pt", "--resume", "--kl-coef", 0, words=("--kl-coef",))
     call(stage, *flags, "--out", run / "cut.pt", "--resume")
     whole, cut = weights_of(run / "whole.pt"), weights_of(run / "cut.pt")
     assert all(torch.equal(w, cut[name]) for name, w in whole.items()) and not (run / "cut_resume.pt").exists()
     logs = [[{k: v for k, v in json.loads(line).items() if "second" not in k and k != "NDCG@10"} for line in
-             (run / f"{n}_log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
-    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
+             (run / f"{name}_log.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
+    assert logs[0] == logs[1]                                           # the figures too, whatever the window
     assert not all(torch.equal(w, weights_of(run / "sft.pt")[name]) for name, w in cut.items())
 
 
@@ -378,7 +390,6 @@ def test_targets_are_the_prompts_own(run):
 def test_bad_input_is_one_line(run, capsys):
     before = (run / "sft.pt").read_bytes()
     assert_stops(capsys, call, stage, "--run", run, "--from", run / "none.pt", words=("none.pt",))
-    assert_stops(capsys, call, stage, "--run", run, "--resume", *QUICK, words=("rl_resume.pt",))
     (run / "codebook.pt").unlink()
     assert_stops(capsys, call, stage, "--run", run, "--reward", "semantic", words=("codebook.pt",))
     torch.save({"centroids": torch.zeros(2, 8, 4)}, run / "codebook.pt")
