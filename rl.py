@@ -26,7 +26,7 @@ Differs from the paper and from MiniOneRec
 Examples
   python rl.py                                                     # the demo
   python rl.py --rollout beam --reward hit:1,rank:1                # MiniOneRec's rollouts and reward
-  torchrun --nproc-per-node 8 -- rl.py --run runs/qwen                # Qwen2.5-1.5B, the same update as on one GPU
+  torchrun --nproc-per-node 8 -- rl.py --run runs/qwen             # Qwen2.5-1.5B, the same update as on one GPU
 """
 import argparse
 import copy
@@ -35,7 +35,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -102,9 +102,10 @@ def semantic_reward(vectors: torch.Tensor, leaves: torch.Tensor, targets: torch.
 
 
 class Shop(NamedTuple):
-    """What rollouts and rewards know of the catalogue, on the model's device."""
+    """What rollouts, rewards and validation know of the catalogue, on the model's device."""
     trie: Trie
     sid_ids: torch.Tensor               # (L, K) vocabulary ids
+    items: list[dict]
     codes: torch.Tensor                 # (leaves, L)
     vectors: torch.Tensor | None        # (leaves, D), for the reward `semantic`
 
@@ -233,7 +234,7 @@ class Group(NamedTuple):
 
 def pieces_of(prompts: list[list[int]], drafts: int, micro_tokens: int) -> list[list[int]]:
     """Rows of prompts that fit one forward pass with `drafts` more tokens each."""
-    return length_batches([range(len(p) + drafts) for p in prompts], micro_tokens)
+    return length_batches([range(len(p) + drafts) for p in prompts], micro_tokens) if prompts else []
 
 
 def roll_out(model, shop: Shop, batch: list[Example], noise: torch.Generator, args: argparse.Namespace
@@ -307,18 +308,11 @@ def batch_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
 # Validation and the loop
 # ---------------------------------------------------------------------------------------------------------
 
-class Valid(NamedTuple):
-    """This process's share of the validation users."""
-    items: list[dict]
-    prompts: list[list[int]]
-    targets: list                       # item_ids
-
-
-def validate(model, shop: Shop, valid: Valid, args: argparse.Namespace) -> dict[str, float]:
+def validate(model, shop: Shop, prompts: list[list[int]], targets: list, args: argparse.Namespace) -> dict[str, float]:
     """HR@K and NDCG@K of the next item over all processes' users, by the search of evaluate.py."""
-    found = search_all(model, shop.trie, shop.sid_ids, valid.prompts, max(CUTOFFS), "trie", args.micro_tokens)
-    ranked, _, _ = name_items(shop.trie, valid.items, found, [set()] * len(found))
-    metrics = rank_metrics([rank_of(t, r) for t, r in zip(valid.targets, ranked)], CUTOFFS)
+    found = search_all(model, shop.trie, shop.sid_ids, prompts, max(CUTOFFS), "trie", args.micro_tokens)
+    ranked, _, _ = name_items(shop.trie, shop.items, found, [set()] * len(found))
+    metrics = rank_metrics([rank_of(target, row) for target, row in zip(targets, ranked)], CUTOFFS)
     sums = all_sum(torch.tensor([1.0, *metrics.values()], device=model.device).double() * len(found))
     return dict(zip(metrics, (sums[1:] / sums[0]).tolist()))
 
@@ -338,11 +332,11 @@ def show(row: dict, names: list[str] | None = None) -> str:
     return " | ".join(f"{name} {row[name]:.4g}" for name in names or row)
 
 
-def fit(model, reference, optimizer, shop: Shop, train: list[Example], valid: Valid, at: Progress, save,
-        args: argparse.Namespace) -> bool:
+def fit(model, reference, optimizer, shop: Shop, train: list[Example], at: Progress, look: Callable[[], dict],
+        save: Callable[[dict | None], None], args: argparse.Namespace) -> bool:
     """The loop: rollouts, update, gauges, validation; False if interrupted before its end.
 
-    `save(row)` keeps the run's progress and, given a row of the log, the weights as the best so far.
+    `look()` validates; `save(row)` keeps the run's progress and, given a row of the log, the weights as the best.
     """
     device, interrupted, steps = model.device, on_interrupt(), args.epochs * max(1, len(train) // args.batch_size)
     noise, at.sums = torch.Generator(device), at.sums.to(device)
@@ -365,10 +359,10 @@ def fit(model, reference, optimizer, shop: Shop, train: list[Example], valid: Va
             at.sums.zero_()
             bar.write(show(row))
         if at.step % args.eval_every == 0 or at.step == steps:
-            row |= (metrics := validate(model, shop, valid, args))
+            row |= look()
             better = row["NDCG@10"] > at.best
             at.best, at.bad = (row["NDCG@10"], 0) if better else (at.best, at.bad + 1)
-            bar.write(f"step {at.step}/{steps} | valid {show(metrics, GAUGED)}"
+            bar.write(f"step {at.step}/{steps} | valid {show(row, GAUGED)}"
                       + (" | best so far, saved" if better else f" | no better for {at.bad}"))
         if len(row) > 1:
             at.log.append(row)
@@ -397,7 +391,8 @@ def make_shop(items: list[dict], tokenizer, sid: dict, codebook: str | Path | No
             stop(f"{codebook}: {tuple(centroids.shape[:2])} levels and codes are not this catalogue's; run "
                  "tokenize_items.py again, or leave out the reward semantic")
         vectors = sum(book[codes[:, level]] for level, book in enumerate(centroids))
-    return Shop(trie, sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device), codes, vectors)
+    sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
+    return Shop(trie, sid_ids, items, codes, vectors)
 
 
 def read_prompts(tokenizer, tasks: list[str], data: dict, trie: Trie) -> list[Example]:
@@ -415,13 +410,14 @@ def read_prompts(tokenizer, tasks: list[str], data: dict, trie: Trie) -> list[Ex
     return examples
 
 
-def read_valid(tokenizer, samples: list[dict], items: list[dict], args: argparse.Namespace) -> Valid:
-    """This process's share of the validation users, at most --eval-users in all."""
-    if args.eval_users and args.eval_users < len(samples):
+def read_valid(tokenizer, items: list[dict], args: argparse.Namespace) -> tuple[list[list[int]], list]:
+    """Prompts and targets of this process's share of the validation users, at most --eval-users in all."""
+    samples = read_samples(Path(args.run) / "valid.jsonl", {item["item_id"] for item in items})
+    if 0 < args.eval_users < len(samples):
         samples = random.Random(args.seed).sample(samples, args.eval_users)
     samples = samples[args.rank::args.world]
     pairs = task_pairs("next", {"items": items, "samples": samples})
-    return Valid(items, prompt_ids(tokenizer, [prompt for prompt, _ in pairs]), [s["target"] for s in samples])
+    return prompt_ids(tokenizer, [prompt for prompt, _ in pairs]), [s["target"] for s in samples]
 
 
 def parse_rewards(text: str) -> dict[str, float]:
@@ -521,8 +517,8 @@ def main() -> None:
             setattr(args, key, value)
     shop = make_shop(items, tokenizer, sid, run / "codebook.pt" if "semantic" in args.reward else None, device)
     train = read_prompts(tokenizer, args.tasks, read_data(run, items, args.tasks), shop.trie)
-    valid = read_valid(tokenizer, read_samples(run / "valid.jsonl", {i["item_id"] for i in items}), items, args)
-    longest = max(map(len, [*valid.prompts, *(e.prompt for e in train)]))
+    prompts, targets = read_valid(tokenizer, items, args)
+    longest = max(map(len, [*prompts, *(e.prompt for e in train)]))
     check_lengths(longest + sid["num_levels"] - 1, model, "lower --max-history in stage 1")
 
     model.eval()                                                        # no dropout: ratios start at one
@@ -530,10 +526,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=device.type == "cuda")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"device {device} x {args.world} | {size:.2f} M parameters, twice | lr {args.lr} | "
-          f"{len(train)} prompts, {len(valid.prompts)} validation users a process | {args.epochs} epochs of "
+          f"{len(train)} prompts, {len(prompts)} validation users a process | {args.epochs} epochs of "
           f"{max(1, len(train) // args.batch_size)} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
     log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
+
+    def look() -> dict[str, float]:
+        return validate(model, shop, prompts, targets, args)
 
     def save(best: dict | None) -> None:
         state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -547,11 +546,11 @@ def main() -> None:
         at = resume(resume_path, ResponseLoss(model), optimizer, args)
         print(f"going on after update {at.step}")
     else:
-        first = {"step": 0, **validate(model, shop, valid, args)}
+        first = {"step": 0, **look()}
         at = Progress(best=first["NDCG@10"], sums=torch.zeros(12, dtype=torch.float64), log=[first])
         print(f"the start | valid {show(first, GAUGED)}")
         save(first)
-    finished = fit(model, reference, optimizer, shop, train, valid, at, save, args)
+    finished = fit(model, reference, optimizer, shop, train, at, look, save, args)
     if finished:
         finish(at, origin.name, out)
         resume_path.unlink(missing_ok=True)

@@ -2,7 +2,10 @@
 enumerated policy, a bandit, and whole runs."""
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 
 import rl as stage
 import train
-from conftest import assert_one_line_error, assert_stops, call, random_model, run_script
+from conftest import ROOT, assert_one_line_error, assert_stops, call, random_model, run_script
 from evaluate import beam_search, build_trie
 from init_embeddings import load_model
 from test_evaluate import CPU, KINDS, K, children_of, random_catalogue, random_prompts
@@ -27,7 +30,7 @@ def settings(**changes) -> Namespace:
 def make_shop(num_levels: int, count: int, seed: int = 1) -> stage.Shop:
     codes, sid_ids = random_catalogue(num_levels, count, seed=seed)
     trie = build_trie(codes, K, CPU)
-    return stage.Shop(trie, sid_ids, codes[torch.from_numpy(trie.leaf_items)], None)    # one item per leaf
+    return stage.Shop(trie, sid_ids, [], codes[torch.from_numpy(trie.leaf_items)], None)    # one item per leaf
 
 
 def draw_leaves(shop: stage.Shop, batch: int, group: int) -> torch.Tensor:
@@ -61,7 +64,7 @@ def test_rewards_by_hand():
     vectors = torch.tensor([[2.0, 0], [3.0, 4.0], [-1.0, 0], [0, 0]])
     assert stage.semantic_reward(vectors, torch.tensor([[0, 1, 2, 3]]), torch.tensor([0])).tolist() == [
         pytest.approx([1, 0.6, 0, 0])]
-    shop = stage.Shop(None, None, codes, vectors)
+    shop = stage.Shop(None, None, [], codes, vectors)
     mixed = stage.group_rewards(shop, {"hit": 2.0, "prefix": 0.3, "semantic": 0.1}, torch.tensor([[0, 1]]),
                                 torch.zeros(1, 2), torch.tensor([0]))
     assert mixed.tolist() == [pytest.approx([2 + 0.3 + 0.1, 0.2 + 0.06])]
@@ -351,6 +354,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, monkeypatch, capsys, roll
              (run / f"{name}_log.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
     assert logs[0] == logs[1]                                           # the figures too, whatever the window
     assert not all(torch.equal(w, weights_of(run / "sft.pt")[name]) for name, w in cut.items())
+
+
+def test_two_processes_make_the_updates_of_one(run):
+    flags = ("--run", run, *QUICK, "--rollout", "beam", "--precision", "float32", "--log-every", 1)
+    call(stage, *flags, "--out", run / "one.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--", ROOT / "rl.py", *flags]
+    done = subprocess.run([*map(str, command), "--out", str(run / "two.pt")], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = ([{k: v for k, v in json.loads(line).items() if "second" not in k} for line in
+                 (run / f"{name}_log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two) == 8 and done.stdout.count("the start") == 1            # only one of them speaks
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
 
 
 def test_the_training_path_never_sees_validation_targets(run, monkeypatch):
