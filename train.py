@@ -147,14 +147,20 @@ def task_fields(source: str, data: dict) -> list[dict]:
     return [{"token": row["token"], "description": row["description"]} for row in data["tokens"]]
 
 
-def task_pairs(name: str, data: dict, seed: str = "") -> list[tuple[str, str]]:
-    """(instruction, response) for every example of a task whose texts are not empty; `seed` draws the templates."""
-    task, rng, pairs = TASKS[name], random.Random(f"{seed} {name}"), []
-    for fields in task_fields(task.source, data):
+def task_rows(name: str, data: dict, seed: str = "") -> list[tuple[dict, str, str]]:
+    """(row of the source, instruction, response) for every example whose texts are not empty; `seed` draws the
+    templates."""
+    task, rng, rows = TASKS[name], random.Random(f"{seed} {name}"), []
+    for row, fields in zip(data[task.source], task_fields(task.source, data)):
         instruction = rng.choice(task.instructions)
         if all(value.strip() for key, value in fields.items() if "{" + key + "}" in instruction + task.response):
-            pairs.append((instruction.format(**fields), task.response.format(**fields)))
-    return pairs
+            rows.append((row, instruction.format(**fields), task.response.format(**fields)))
+    return rows
+
+
+def task_pairs(name: str, data: dict, seed: str = "") -> list[tuple[str, str]]:
+    """(instruction, response) for every example of a task."""
+    return [(instruction, response) for _, instruction, response in task_rows(name, data, seed)]
 
 
 def prompt_ids(tokenizer, instructions: list[str]) -> list[list[int]]:
