@@ -332,12 +332,12 @@ def plain_queries(item: dict, catalogue: Catalogue, count: int, seed: int) -> li
     leaf = item["categories"].split(">")[-1].strip().lower()
     for _ in range(20 * count):
         if query and len(queries) < count:
-            queries[mistype(query, rng) if rng.random() < TYPO_RATE else query] = True
+            queries.setdefault(query, mistype(query, rng) if rng.random() < TYPO_RATE else query)
         brand, tail = item["brand"].lower() * (rng.random() < 0.3), rng.choice([kind, kind, leaf])
         size = min(rng.randint(1 if tail else 2, 3), len(words))
         parts = [brand, *(words[n] for n in sorted(rng.sample(range(len(words)), size))), tail]
         query = " ".join(dict.fromkeys(" ".join(parts).split()))        # no word twice
-    return list(queries)
+    return distinct(queries.values())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -433,35 +433,39 @@ def read_cache(path: Path) -> dict[str, list]:
         stop(f"{path}: not a file of answers that this script wrote; move it away, or name another by --cache")
 
 
-def consult(todo: dict[str, tuple[str, str, Callable]], teacher: Callable, path: Path, retries: int) -> dict[str, list]:
+def consult(todo: dict[str, tuple[str, str, Callable]], answers: dict[str, list], teacher: Callable,
+            args: argparse.Namespace) -> None:
     """Ask all of name -> (key, prompt, check), then again, with what was wrong, those whose answers were bad.
 
-    Each good answer is in the cache before the next is looked at. Returns them by name; the other names are printed,
-    with the reasons.
+    Each good answer is in the cache before the next is looked at, and joins the cached ones in `answers`; the names
+    without one are printed, with the reasons.
     """
-    answers, retried = {}, 0                    # name -> answer, or a str: what is wrong, as in check_meaning
+    cached, retried, bad = len(answers), 0, {}                          # bad: name -> what is wrong
     chats = {name: [{"role": "user", "content": prompt}] for name, (_, prompt, _) in todo.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        for attempt in range(1 + retries):
+    with open(args.cache, "a", encoding="utf-8") as file:
+        for attempt in range(1 + args.retries):
             again, retried = {}, retried + len(chats) * (attempt > 0)
             with closing(teacher(chats)) as replies:
                 for name, text, failure in tqdm(replies, total=len(chats), unit="answer", disable=None):
                     key, prompt, check = todo[name]
-                    answers[name] = answer = failure or check(text)
+                    answer = failure or check(text)
                     if isinstance(answer, list):
                         file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
                         file.flush()
-                    elif not failure:
+                        answers[name], _ = answer, bad.pop(name, None)
+                        continue
+                    bad[name] = answer
+                    if not failure:
                         again[name] = [{"role": "user", "content": prompt},
                                        {"role": "assistant", "content": text or "(nothing)"},
                                        {"role": "user", "content": ASK_AGAIN.format(problem=answer)}]
             chats = again
-    bad = {name: answers.pop(name) for name in todo if isinstance(answers[name], str)}
-    print(f"{len(todo)} asked | {retried} retried | {len(bad)} fell back to tfidf, {len(bad) - len(chats)} of them "
-          "failed: no answer came")
+            if not chats:
+                break
+    print(f"answers | {cached} cached | {len(todo)} asked | {retried} retried | {len(bad)} fell back to tfidf, "
+          f"{len(bad) - len(chats)} of which failed: no answer came")
     for name, problem in bad.items():
         print(f"fell back | {name} | {problem}")
-    return answers
 
 
 def ask_teacher(samples: dict[str, list[dict]], items: list[dict], args: argparse.Namespace) -> dict[str, list]:
@@ -475,15 +479,18 @@ def ask_teacher(samples: dict[str, list[dict]], items: list[dict], args: argpars
             todo[name] = key, prompt, check
     letters = sum(len(prompt) for _, prompt, _ in todo.values())
     out = sum(MEANING_TOKENS if name.startswith("<") else QUERY_TOKENS * args.queries for name in todo)
-    print(f"{len(answers)} cached | {len(todo)} to ask, about {letters // CHARS_PER_TOKEN} tokens in and {out} out")
+    print(f"{len(todo)} requests to {args.teacher_model}, {len(answers)} more are cached | about "
+          f"{letters // CHARS_PER_TOKEN} tokens in, {out} out")
     if args.dry_run:
         print(*[f"the prompt for {name}:\n{prompt}" for name, (_, prompt, _) in todo.items()][:1])
         raise SystemExit
     write_jsonl(args.cache, [{"key": key, "answer": answer} for key, answer in kept.items()])   # drops half a line
     try:
-        return {**answers, **consult(todo, TEACHERS[args.teacher](args), args.cache, args.retries)}
+        if todo:
+            consult(todo, answers, TEACHERS[args.teacher](args), args)
     except (Refused, KeyboardInterrupt) as error:
         stop(f"{str(error) or 'interrupted'}; the answers so far are in {args.cache}, the same command goes on")
+    return answers
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -495,7 +502,7 @@ def waiting_time(attempt: int, retry_after: str) -> float:
     try:
         wait = float(retry_after) if retry_after.isdigit() else (
             parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:                                                  # no such header
+    except (ValueError, TypeError, OverflowError):                      # no such header
         wait = FIRST_WAIT * 2 ** attempt * random.uniform(0.5, 1)
     return min(max(wait, 0), MAX_WAIT)
 
@@ -503,7 +510,7 @@ def waiting_time(attempt: int, retry_after: str) -> float:
 def post(url: str, key: str, body: dict, timeout: float) -> tuple[int, str, str]:
     """One request; (200, the model's answer, "") or (status, what went wrong, Retry-After), 0 for no whole answer.
 
-    The key is in no text that leaves here: not the exceptions' (they can hold headers), not what a server echoes.
+    The key leaves only in the header: exceptions' texts can hold it, and servers repeat it in theirs.
     """
     def sign(request):                          # without an auth of ours, requests would look for one in ~/.netrc
         request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
@@ -512,26 +519,34 @@ def post(url: str, key: str, body: dict, timeout: float) -> tuple[int, str, str]
         response = requests.post(url, json=body, auth=sign, timeout=(CONNECT_TIMEOUT, timeout), allow_redirects=False)
     except requests.RequestException as error:
         return 0, type(error).__name__, ""
-    status, text = response.status_code, response.content.decode("utf-8", "replace").replace(key or "\0", "***")
+    status, text = response.status_code, response.content.decode("utf-8", "replace")
     try:
         answer = json.loads(text)
-        text = answer["choices"][0]["message"]["content"] or "" if status == 200 else answer["error"]["message"]
+        if status == 200:
+            return status, str(answer["choices"][0]["message"]["content"] or ""), ""
+        text = str(answer["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        status, text = (0, f"no chat completion: {text}") if status == 200 else (status, text)
-    return status, str(text), response.headers.get("Retry-After", "")
+        status, text = (0, f"no chat completion, {text}") if status == 200 else (status, text)
+    return status, text.replace(key, "***") if key else text, response.headers.get("Retry-After", "")
 
 
-def post_chat(url: str, key: str, chat: list[dict], args: argparse.Namespace, halt: threading.Event) -> tuple[str, str]:
-    """The answer and "", or "" and why none came in TRIES tries; Refused by a 4xx (but 429), which no try mends."""
+def post_chat(url: str, key: str, chat: list[dict], args: argparse.Namespace, halt: threading.Event) -> tuple | None:
+    """The answer and "", or "" and why none came in TRIES tries; None once `halt` is set, as Refused sets it here.
+
+    Time-outs, cut lines, 429 and 5xx may pass; any other status will not.
+    """
+    wait = 0
     for attempt in range(TRIES):
+        if halt.wait(wait):
+            return None
         status, text, retry_after = post(url, key, {"model": args.teacher_model, "messages": chat}, args.timeout)
         if status == 200:
             return text, ""
         problem = f"{status or 'no answer'}: {' '.join(text.split())[:300]}"
         if status != 429 and 0 < status < 500:
+            halt.set()
             raise Refused(f"{url} says {problem}")
-        if attempt + 1 < TRIES and halt.wait(waiting_time(attempt, retry_after)):
-            break
+        wait = waiting_time(attempt, retry_after)
     return "", problem
 
 
@@ -548,11 +563,16 @@ def http_teacher(args: argparse.Namespace) -> Callable:
         try:
             futures = {pool.submit(post_chat, url, key, chat, args, halt): name for name, chat in chats.items()}
             for future in as_completed(futures):
-                text, failure = future.result()
-                if failure and not answered:
-                    raise Refused(f"{url}: {failure}, {TRIES} times")
-                answered = True
-                yield futures[future], text, failure
+                if future.result():
+                    text, failure = future.result()
+                    if failure and not answered:
+                        raise Refused(f"{url}: {failure}, {TRIES} times")
+                    answered = True
+                    yield futures.pop(future), text, failure
+        except (Refused, KeyboardInterrupt):    # what has come meanwhile is not lost
+            yield from ((name, *future.result()) for future, name in futures.items()
+                        if future.done() and not future.exception() and future.result())
+            raise
         finally:                                # nothing new starts; the requests under way are left to end
             halt.set()
             pool.shutdown(wait=False, cancel_futures=True)
