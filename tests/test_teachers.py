@@ -1,6 +1,5 @@
 """Stage 2's language models as teachers, against a real server on loopback and a tiny local model; search queries."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -155,7 +154,7 @@ def test_workers_ask_at_the_same_time(shop, server):
 
     def act(number, chat):
         if number < 4:
-            together.wait(20)                                           # breaks, and the test with it, if there are fewer
+            together.wait(20)                                           # breaks if fewer than four come
         return good_answer(chat[0]["content"])
 
     server.act = act
@@ -234,7 +233,7 @@ def test_lasting_trouble_falls_back_and_is_said(shop, server, capsys):
 
     def act(number, chat):
         prompt.extend([chat[0]["content"]] * (number == 1))
-        return (502, {}, b"bad gateway") if prompt and chat[0]["content"] == prompt[0] else good_answer(chat[0]["content"])
+        return (502, {}, b"bad gateway") if chat[0]["content"] in prompt else good_answer(chat[0]["content"])
 
     server.act = act
     call(stage, *flags(shop, server))
@@ -365,9 +364,9 @@ def test_good_answers_in_any_wrapping():
     plain = json.dumps(GOOD)
     for text in (plain, f"```json\n{plain}\n```", f"<think>maybe {{this}}?</think>\nHere: {plain} I hope it helps."):
         assert stage.check_meaning(text, brands=["Acm", "rope ladder"]) == [GOOD["description"], WORDS]
-    longest = {"description": "It is used in the U.S. Army. A No. 5 size, i.e. Large, fits. So do others. It lasts. End.",
-               "keywords": [f"word {n}" for n in range(20)]}
-    assert stage.check_meaning(json.dumps(longest), brands=[]) == list(longest.values())
+    longest = {"keywords": [f"word {n}" for n in range(20)],
+               "description": "It is used in the U.S. Army. A No. 5 size, i.e. Large, fits. So do 3. It lasts! End."}
+    assert stage.check_meaning(json.dumps(longest), brands=[]) == [longest["description"], longest["keywords"]]
 
 
 @pytest.mark.parametrize("text, problem", [
@@ -382,14 +381,16 @@ def test_queries_that_break_a_rule(text, problem):
 def test_bad_answers_are_asked_again_with_what_was_wrong(shop, server, capsys):
     """Of 11 tokens and 12 items: the first mends its answer, the second never does; nor does the first item."""
     bad = json.dumps({**GOOD, "keywords": WORDS[:9]})
-    prompts = list(stage.make_questions(*(lambda items: (
-        {t: stage.draw_sample(t, c, 20, 42) for t, c in stage.make_clusters(items).items()}, items))(
-            stage.read_catalogue(shop / "items.jsonl")), 5).values())
-    mends, never, item = (prompts[n][0] for n in (0, 1, 11))
+    call(stage, *flags(shop, server, "--queries", 5, "--cache", shop / "first.jsonl"))
+    mends, never, item = (server.log[n]["messages"][0]["content"] for n in (0, 1, 11))
+    server.log.clear()
+    capsys.readouterr()
 
     def act(number, chat):
         prompt = chat[0]["content"]
-        return bad if prompt == never or prompt == mends and len(chat) == 1 else "" if prompt == item else good_answer(prompt)
+        if prompt == never or prompt == mends and len(chat) == 1:
+            return bad
+        return "" if prompt == item else good_answer(prompt)
 
     server.act = act
     call(stage, *flags(shop, server, "--queries", 5, "--retries", 3))
@@ -404,10 +405,11 @@ def test_bad_answers_are_asked_again_with_what_was_wrong(shop, server, capsys):
     assert [row["source"] for row in rows] == ["http m", "tfidf", *["http m"] * 9]
     queries = read(shop / "queries.jsonl")
     assert Counter(row["item_id"] for row in queries) == {n: 5 for n in range(12)}
-    assert not any("query" in row["query"] for row in queries[:5]) and all("query" in row["query"] for row in queries[5:])
+    assert ["query" in row["query"] for row in queries] == [False] * 5 + [True] * 55
     out = capsys.readouterr().out
     assert "0 cached | 23 asked | 7 retried | 2 fell back to tfidf, 0 of which failed" in out
-    assert f"fell back | {rows[1]['token']} | there must be 10 to 20" in out and "fell back | item 0 | it must be" in out
+    assert f"fell back | {rows[1]['token']} | there must be 10 to 20" in out
+    assert "fell back | item 0 | it must be valid JSON" in out
     assert len(read(shop / "teacher_cache.jsonl")) == 21
     call(stage, *flags(shop, server, "--queries", 5, "--retries", 0))   # only what is missing
     assert len(server.log) == 30 + 2
@@ -450,9 +452,10 @@ def test_local_model_is_greedy_whatever_its_own_settings(local_model, monkeypatc
 
 def test_local_model_that_talks_nonsense_falls_back_throughout(shop, local_model, monkeypatch, capsys):
     monkeypatch.setattr(stage, "MAX_NEW_TOKENS", 4)
-    call(stage, "--run", shop, "--out", shop / "offline.jsonl", "--queries", 3, "--queries-out", shop / "plain.jsonl")
+    call(stage, "--run", shop, "--out", shop / "offline.jsonl", "--queries", 3, "--queries-out", shop / "plain.jsonl",
+         "--sample", 1)
     call(stage, "--run", shop, "--teacher", "hf", "--teacher-model", local_model, "--queries", 3, "--retries", 1,
-         "--batch-size", 4)
+         "--sample", 1)
     assert (shop / "semantics.jsonl").read_bytes() == (shop / "offline.jsonl").read_bytes()
     assert (shop / "queries.jsonl").read_bytes() == (shop / "plain.jsonl").read_bytes()
     out = capsys.readouterr().out
@@ -502,13 +505,12 @@ def test_offline_queries(shop, capsys):
     assert len({[row["split"] for row in rows][n:n + 5].index("test") for n in range(0, 60, 5)}) > 1
 
 
-def test_offline_queries_are_the_item_s_own_and_reproducible(shop):
+def test_offline_queries_depend_on_the_item_and_the_seed(shop):
     call(stage, "--run", shop, "--queries", 4)
     first = read(shop / "queries.jsonl")
-    env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, ROOT / "extract_semantics.py", "--run", shop, "--queries", "4"], env=env, check=True,
-                   capture_output=True)
-    assert read(shop / "queries.jsonl") == first
+    write_lines(shop / "turned.jsonl", read(shop / "items.jsonl")[::-1])
+    call(stage, "--run", shop, "--queries", 4, "--items", shop / "turned.jsonl")
+    assert sorted(read(shop / "queries.jsonl"), key=lambda row: row["item_id"]) == first
     call(stage, "--run", shop, "--queries", 4, "--seed", 1)
     assert read(shop / "queries.jsonl") != first
 
