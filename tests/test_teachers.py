@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import wait
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -276,6 +277,14 @@ def test_a_refusal_ends_the_run_with_the_server_s_words(shop, server, status, ca
     server.act = lambda number, chat: good_answer(chat[0]["content"])
     call(stage, *flags(shop, server, *call_it))
     assert len(server.log) == 4 + 20
+
+
+def test_answers_that_came_beside_a_refusal_are_kept(shop, server, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "as_completed", lambda futures: sorted(      # the refusal is looked at first
+        wait(futures).done, key=lambda future: future.exception() is None))
+    server.act = lambda number, chat: good_answer(chat[0]["content"]) if number < 3 else (402, {}, b"no money")
+    assert_stops(capsys, call, stage, *flags(shop, server), words=("402: no money",))
+    assert len(server.log) == 4 and len(read(shop / "teacher_cache.jsonl")) == 3
 
 
 def test_a_key_that_cannot_be_one_is_not_shown(shop, server, monkeypatch, capsys):
