@@ -22,7 +22,7 @@ Differs from the papers
   2. A response that is a text ends with EOS; one that is a SID or a SID token does not: its length is fixed.
   3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, and a tenth of
      the weight for tokens of titles and descriptions, which are more than half of all supervised tokens.
-  4. Templates are drawn anew in every epoch. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
+  4. Each example's template is drawn once, by --seed. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
 
 Examples
   python train.py                                                  # the demo, 4 minutes on two cores
@@ -62,7 +62,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class Task(NamedTuple):
     """One task of the table: which data it reads, its templates, its response, and how the response ends."""
     source: str                         # "samples", "items", "tokens" or "queries"
-    instructions: tuple[str, ...]       # one is drawn per example and epoch
+    instructions: tuple[str, ...]       # one is drawn per example
     response: str
     text: bool
 
@@ -510,33 +510,33 @@ def loss_report(sums: torch.Tensor, weights: dict[str, float]) -> dict[str, floa
     return {"loss": (weighted[:, 0].sum() / weighted[:, 1].sum()).item(), **{f"loss/{n}": x for n, x in each.items()}}
 
 
-def remaining_batches(make_examples: Callable, args: argparse.Namespace, at: Progress):
+def remaining_batches(train: list[Example], args: argparse.Namespace, at: Progress):
     """From where the run stands to its end: (batch, updates per epoch); moves `at` on before each."""
     rng = random.Random(args.seed)
     if at.order:
         rng.setstate(at.order)
     while at.epoch < args.epochs:
         at.order = rng.getstate()
-        batches = epoch_batches(make_examples(at.epoch), args.batch_size, rng)
+        batches = epoch_batches(train, args.batch_size, rng)
         for batch in batches[at.done:]:
             at.step, at.done = at.step + 1, at.done + 1
             yield batch, len(batches)
         at.epoch, at.done = at.epoch + 1, 0
 
 
-def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[Example], weights: dict[str, float],
+def fit(loss_of: ResponseLoss, optimizer, train: list[Example], valid: list[Example], weights: dict[str, float],
         args: argparse.Namespace, at: Progress, look: Callable[[], dict], save: Callable[[bool], None]) -> bool:
     """The training loop: schedule, log, validation, early stopping; False if interrupted before its end.
 
-    `make_examples(epoch)` gives an epoch's examples, `look()` the SID rows' geometry; `save(better)` keeps the run's
-    progress and, if better, the weights as the best so far.
+    `look()` gives the SID rows' geometry; `save(better)` keeps the run's progress and, if better, the weights as the
+    best so far.
     """
     device, interrupted = next(loss_of.parameters()).device, on_interrupt()
     at.sums, at.log = at.sums.to(device), at.log or [{"step": 0, **look()}]
     bar = tqdm(initial=at.step, desc=args.stage, unit="step", disable=args.rank > 0 or None)
     start, tokens, supervised = time.time(), 0, 0
     loss_of.train()
-    for batch, per_epoch in remaining_batches(make_examples, args, at):
+    for batch, per_epoch in remaining_batches(train, args, at):
         if at.bad >= args.patience:
             bar.write(f"stopped early: no better validation loss for {at.bad} evaluations")
             break
@@ -811,7 +811,7 @@ def main() -> None:
             write_jsonl(log_path, at.log)
         save_progress(resume_path, state, at, args)
 
-    finished = fit(loss_of, optimizer, lambda epoch: train, valid, weights, args, at, look, save)
+    finished = fit(loss_of, optimizer, train, valid, weights, args, at, look, save)
     if args.rank == 0 and finished:
         write_jsonl(log_path, at.log)
         resume_path.unlink(missing_ok=True)
