@@ -379,7 +379,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--run", default="runs/demo", help="folder of the run")
     files.add_argument("--checkpoint", help="instead of RUN/sft.pt")
-    files.add_argument("--task", choices=sorted(TASKS), default="next", help="what is asked; see train.py's table")
+    files.add_argument("--task", choices=sorted(TASKS.keys() - {"sequence"}), default="next", help="what is asked; see train.py's table")
     files.add_argument("--split", choices=("test", "valid"), default="test", help="which samples to rank")
     files.add_argument("--metrics", help="instead of RUN/metrics.jsonl")
     files.add_argument("--predictions", help="instead of RUN/predictions.jsonl")

@@ -10,6 +10,7 @@ Every task is a template that turns data into (instruction, response); the loss 
     STAR     title2sid, description2sid, text2sid, name_item, describe_item, sid2text       appendix A.2.1
              retrieve, search                                           appendix A.2.3, A.2.2
     MiniOneRec   titles2sid                                             (its title history -> SID)
+    ours     sequence: a user's items, each given those before it
 
 Reads   RUN/init.pt (or --from), RUN/items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl (for TS-Align),
         queries.jsonl (for search)
@@ -61,7 +62,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 class Task(NamedTuple):
     """One task of the table: which data it reads, its templates, its response, and how the response ends."""
-    source: str                         # "samples", "items", "tokens" or "queries"
+    source: str                         # "samples", "users", "items", "tokens" or "queries"
     instructions: tuple[str, ...]       # one is drawn per example
     response: str
     text: bool
@@ -71,6 +72,7 @@ TASKS = {
     "next": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next possible "
         "item that the user may expect?",), "{sid}", SID_TASK),
+    "sequence": Task("users", ("The user has interacted with items",), "{sequence}", SID_TASK),
     "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}", SID_TASK),
     "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}", TEXT_TASK),
     "next_title": Task("samples", (
@@ -140,6 +142,8 @@ def task_fields(source: str, data: dict) -> list[dict]:
     if source == "samples":
         return [{"history": ", ".join(sid[i] for i in s["history"]), **about(s["target"]),
                  "titles": ", ".join(f'"{item[i]["title"]}"' for i in s["history"])} for s in data["samples"]]
+    if source == "users":
+        return [{"sequence": ", ".join(sid[i] for i in (*s["history"], s["target"]))} for s in data["users"]]
     if source == "items":
         return [about(i) for i in item]
     if source == "queries":
@@ -689,8 +693,9 @@ def read_data(run: Path, items: list[dict], weights: dict[str, float]) -> dict:
     """What the tasks need of the run's files, test.jsonl never among them."""
     known, sources = {item["item_id"] for item in items}, {TASKS[name].source for name in weights}
     data = {"items": items}
-    if "samples" in sources:
+    if sources & {"samples", "users"}:
         data["samples"] = read_samples(run / "train.jsonl", known)
+        data["users"] = list({s["user_id"]: s for s in data["samples"]}.values())       # each user's last sample
     if "tokens" in sources:
         data["tokens"] = read_jsonl(run / "semantics.jsonl", ("token", "description"))
     if "queries" in sources:
