@@ -507,30 +507,30 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
 # ---------------------------------------------------------------------------------------------------------
 
 def fetch(url: str, path: Path) -> None:
-    """GET `url` to `path` through a part file of the host's version of it, after the bytes that file holds already.
+    """GET `url` to `path` through a part file named after the host's version of it; what that holds is not sent again.
 
     RFC 9110, 13.1.5 and 14.2: with If-Range a host sends the rest of that version (206) or the whole file (200), and
     the latter starts over. Checked by size and, where the host has it, by Content-MD5 (RFC 1864); an ETag is no
     checksum, only some stores make it an MD5. Raises requests.RequestException where it fails or is cut.
     """
-    def get(**headers):
-        reply = requests.get(url, headers={"Accept-Encoding": "identity"} | headers, stream=True, timeout=TIMEOUT)
+    options = {"headers": {"Accept-Encoding": "identity"}, "timeout": TIMEOUT, "allow_redirects": True}
+    with requests.head(url, **options) as reply:
         reply.raise_for_status()
-        return reply
-    reply = get()
-    told, have, digest = reply.headers, 0, hashlib.md5()
+        told = reply.headers
     size, version = int(told.get("Content-Length", 0)), told.get("ETag") or told.get("Last-Modified", "")
-    part = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part")
-    if part.exists() and 0 < part.stat().st_size < size and version[:2] not in ("", "W/"):
-        reply.close()
-        reply = get(**{"Range": f"bytes={part.stat().st_size}-", "If-Range": version})
-        have = part.stat().st_size if reply.status_code == 206 else 0
-    reply.raw.headers.pop("Content-Encoding", None)                     # a .gz shall stay one
-    with reply, open(part, "ab" if have else "wb") as file, tqdm(
-            desc=path.name, total=size or None, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-        for block in reply.iter_content(1 << 16):
-            file.write(block)
-            bar.update(len(block))
+    part, digest = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part"), hashlib.md5()
+    have = part.stat().st_size if part.exists() else 0
+    if 0 < have < size and version[:2] not in ("", "W/"):
+        options["headers"] |= {"Range": f"bytes={have}-", "If-Range": version}
+    with requests.get(url, stream=True, **options) as reply:
+        reply.raise_for_status()
+        reply.raw.headers.pop("Content-Encoding", None)                 # a .gz shall stay one
+        have = have if reply.status_code == 206 else 0
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                desc=path.name, total=size or None, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+            for block in reply.iter_content(1 << 16):
+                file.write(block)
+                bar.update(len(block))
     if size and size != part.stat().st_size:
         raise requests.ConnectionError(f"{part.stat().st_size} of {size} bytes arrived")
     with open(part, "rb") as file:
@@ -575,11 +575,11 @@ def read_ratings(path: Path, args: argparse.Namespace):
     """Yield (user, item, time) of each rating inside the window, the time as in the dump."""
     dump = AMAZON[args.year]
     low, high = (args.since or 0) * dump["second"], (args.until or math.inf) * dump["second"]
-
-    def parse(line: str) -> tuple[str, str, int]:
-        cells = line.replace("timestamp", "-1").split(",")              # the header of 2023: before any window
-        return cells[dump["user"]], cells[1 - dump["user"]], int(cells[3])
-    return (rating for rating in read_dump(path, parse) if low <= rating[2] < high)
+    # the header of 2023 becomes a rating from before any window
+    rows = read_dump(path, lambda line: (cells := line.replace("timestamp", "-1").split(","), int(cells[3])))
+    for cells, moment in rows:
+        if low <= moment < high:
+            yield cells[dump["user"]], cells[1 - dump["user"]], moment
 
 
 def plain(text) -> str:
@@ -599,8 +599,8 @@ def read_metadata(path: Path, args: argparse.Namespace, wanted: set) -> dict[str
         title = "" if SCRAPED.search(title) else title
         if args.peers and (len(title) < 2 or len(title.split(" ")) > 20):
             continue
-        item = {"item_id": item_id, "title": plain(title), "description": plain(row.get("description")),
-                "brand": plain(row.get(dump["brand"])),
+        item = {"item_id": item_id, "title": plain(title), "brand": plain(row.get(dump["brand"])),
+                "description": plain(row.get("description") or row.get("features")),
                 "categories": " > ".join(filter(None, map(plain, row.get(dump["categories"]) or [])))}
         if item_text(item):
             items[item_id] = item
@@ -663,30 +663,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--year", type=int, choices=AMAZON, default=2018, help="release of the reviews")
     flag("--since", type=month, metavar="YYYY-MM", help="first month, UTC")
     flag("--until", type=month, metavar="YYYY-MM", help="the month after the last one, UTC")
-    flag("--peers", action="store_true", help="as MiniOneRec does: only items with a title of at most 20 words, "
-                                              "the same item rated twice at the same time counts twice")
+    flag("--peers", action="store_true", help="as MiniOneRec: only titles of 1 to 20 words, repeated ratings kept")
     flag("--cache", default="~/.cache/amazon_reviews", help="folder that downloads are kept in")
     flag("--amazon-url", default=AMAZON_URL, help="host of the dumps, or a mirror with the same paths")
     flag = parser.add_argument_group("encoder").add_argument
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model name or folder")
-    flag("--pooling", choices=("mean", "last"), default="mean",
-         help="Hugging Face encoder: mean of the tokens, or the last one (Qwen3-Embedding)")
-    flag("--max-length", type=int, default=512, help="Hugging Face encoder: tokens read per item")
-    flag("--batch-size", type=int, default=32, help="Hugging Face encoder: items per batch")
+    flag("--pooling", choices=("mean", "last"), default="mean", help="of the tokens; Qwen3-Embedding: last")
+    flag("--max-length", type=int, default=512, help="tokens that a Hugging Face encoder reads per item")
+    flag("--batch-size", type=int, default=32, help="items that a Hugging Face encoder reads at once")
     flag("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
     flag = parser.add_argument_group("quantizer").add_argument
     flag("--num-levels", type=int, default=3, help="L, codes per item")
     flag("--codebook-size", type=int, default=0,
          help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
     flag("--iterations", type=int, default=100, help="most Lloyd iterations per level")
-    flag("--collision", choices=("nearest", "random"), default="nearest",
-         help="which free last code a colliding item gets")
+    flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
     flag = parser.add_argument_group("samples").add_argument
     flag("--split", choices=("official", "leave-one-out", "chronological"),
          help="default: official where DATA/train.jsonl exists and no --interactions, else leave-one-out")
     flag("--max-history", type=int, default=10, help="most recent items kept; STAR: 20")
-    flag("--min-count", type=int, help="drop items and users with fewer interactions, repeatedly; the papers: 5 "
-                                       "(with --amazon the default, else 1)")
+    flag("--min-count", type=int, help="drop items and users with fewer, repeatedly; 5 with --amazon, else 1")
     parser.add_argument("--seed", type=int, default=42, help="seed of the K-means and of --collision random")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)

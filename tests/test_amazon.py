@@ -20,34 +20,34 @@ DAY = 86_400
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files`; `server.replies` says what befalls the next requests: a status, or bytes to cut after."""
+    """Serves `server.files`; `server.replies` says what befalls the next GETs: a status, a cut or a short body."""
 
-    def do_GET(self):
-        server, range_header = self.server, self.headers.get("Range")
-        server.seen.append(range_header)
-        cut, status = None, 200
-        if server.replies:
-            kind, value = server.replies.pop(0)
-            cut, status = (value, 200) if kind == "cut" else (None, value)
-            if kind == "hang":
-                return server.hang.wait(5)
-        body = server.files.get(self.path.lstrip("/"))
+    def answer(self, status: int = 200, cut: int | None = None, short: int | None = None):
+        server, wanted = self.server, self.headers.get("Range")
+        body = server.files.get(self.path.lstrip("/"), b"")[:short] or None
         if body is None or status != 200:
             return self.send_error(404 if status == 200 else status)
         start = 0
-        if range_header and server.ranges and self.headers.get("If-Range") == server.extra.get("ETag"):
-            start, status = int(range_header[len("bytes="):-1]), 206
+        if wanted and server.ranges and self.headers.get("If-Range") == server.extra.get("ETag"):
+            start, status = int(wanted[len("bytes="):-1]), 206
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
-        for name, value in server.extra.items():
-            self.send_header(name, value)
+        for name, value in {"Content-Length": len(body) - start, **server.extra}.items():
+            self.send_header(name, str(value))
         self.end_headers()
-        try:
+        if self.command == "GET":
             self.wfile.write(body[start:][:cut])
-        except ConnectionError:                                         # the client has read enough
-            pass
+
+    do_HEAD = answer
+
+    def do_GET(self):
+        self.server.seen.append(self.headers.get("Range"))
+        kind, value = self.server.replies.pop(0) if self.server.replies else ("cut", None)
+        if kind == "hang":
+            self.server.hang.wait(5)
+        else:
+            self.answer(**{kind: value})
 
     def log_message(self, *_):
         pass
@@ -84,12 +84,12 @@ def read(path: Path) -> list[dict]:
 
 def test_a_cut_download_goes_on_where_it_stopped(host, tmp_path):
     host.files["a/b.csv"] = noise()
-    host.replies = [("cut", 100_000), ("cut", None), ("cut", 80_000)]
+    host.replies = [("cut", 100_000), ("cut", 80_000)]
     path = stage.download(f"{host.url}/a/b.csv", tmp_path / "a" / "b.csv")
     assert path.read_bytes() == noise() and [p.name for p in path.parent.iterdir()] == ["b.csv"]
-    first, second = (int(r[6:-1]) for r in host.seen if r)              # each attempt asks for the version first
-    assert 0 < first <= 100_000 and first < second <= first + 80_000 and len(host.seen) == 5
-    assert stage.download(f"{host.url}/a/b.csv", path) == path and len(host.seen) == 5      # cached
+    first, second = (int(r[6:-1]) for r in host.seen[1:])
+    assert 0 < first <= 100_000 and first < second <= first + 80_000 and host.seen[0] is None
+    assert stage.download(f"{host.url}/a/b.csv", path) == path and len(host.seen) == 3      # cached
 
 
 def test_a_later_run_goes_on_too(host, tmp_path, capsys, monkeypatch):
@@ -99,23 +99,31 @@ def test_a_later_run_goes_on_too(host, tmp_path, capsys, monkeypatch):
     assert_stops(capsys, stage.download, f"{host.url}/b.csv", path, words=(host.url, "kept", "run again"))
     assert not path.exists() and len(list(tmp_path.glob("*.part"))) == 1
     stage.download(f"{host.url}/b.csv", path)
-    assert path.read_bytes() == noise() and host.seen[:2] == [None] * 2 and 0 < int(host.seen[2][6:-1]) <= 200_000
+    assert path.read_bytes() == noise() and host.seen[0] is None and 0 < int(host.seen[1][6:-1]) <= 200_000
 
 
-@pytest.mark.parametrize("how", ["no ranges", "no version", "weak version", "another version"])
-def test_where_nothing_can_be_resumed_it_starts_over(host, tmp_path, how):
-    host.files["b.csv"], path = noise(), tmp_path / "b.csv"
+@pytest.mark.parametrize("extra, ranges", [({"ETag": '"v1"'}, False), ({}, True), ({"ETag": 'W/"v1"'}, True)])
+def test_where_nothing_can_be_resumed_it_starts_over(host, tmp_path, extra, ranges):
+    host.files["b.csv"], host.extra, host.ranges, path = noise(), extra, ranges, tmp_path / "b.csv"
     host.replies = [("cut", 100_000)]
-    if how == "no ranges":
-        host.ranges = False
-    elif how == "no version":
-        host.extra = {}
-    elif how == "weak version":
-        host.extra = {"ETag": 'W/"v1"'}
-    else:                                                               # of an earlier run, of the same length
-        (tmp_path / f"b.csv.{stage.zlib.crc32(b'v0'):08x}.part").write_bytes(bytes(100_000))
+    stage.download(f"{host.url}/b.csv", path)
+    assert path.read_bytes() == noise() and (host.seen == [None, None]) == ranges
+
+
+def test_a_new_version_starts_over(host, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "b.csv"
+    monkeypatch.setattr(stage, "WAITS", (None,))
+    host.files["b.csv"], host.replies = noise()[::-1], [("cut", 200_000)]
+    assert_stops(capsys, stage.download, f"{host.url}/b.csv", path)
+    host.files["b.csv"], host.extra = noise(), {"Last-Modified": "Fri, 20 Nov 2026 11:00:00 GMT"}
     stage.download(f"{host.url}/b.csv", path)
     assert path.read_bytes() == noise()
+
+
+def test_a_body_shorter_than_the_file_is_a_cut(host, tmp_path):
+    host.files["b.csv"], host.replies = noise(), [("short", 100_000)]
+    assert stage.download(f"{host.url}/b.csv", tmp_path / "b.csv").read_bytes() == noise()
+    assert host.seen == [None, "bytes=100000-"]
 
 
 def test_the_version_changes_between_asking_and_resuming(host, tmp_path, monkeypatch):
@@ -145,6 +153,9 @@ def test_the_hosts_checksum(host, tmp_path, capsys):
 def test_refusals_stop_at_once_and_faults_are_tried_again(host, tmp_path, capsys, monkeypatch):
     path = tmp_path / "b.csv"
     assert_stops(capsys, stage.download, f"{host.url}/b.csv", path, words=("404", f"{host.url}/b.csv", "--year"))
+    assert host.seen == [] and not path.exists()
+    host.files["b.csv"], host.replies = b"x", [("status", 403)]
+    assert_stops(capsys, stage.download, f"{host.url}/b.csv", path, words=("403", "--amazon-url"))
     assert len(host.seen) == 1 and not path.exists()
     host.files["b.csv"] = noise()
     monkeypatch.setattr(stage, "TIMEOUT", (5, 0.2))
@@ -172,7 +183,8 @@ def test_a_gz_stays_a_gz(host, tmp_path):
 
 @pytest.mark.parametrize("name, data", [
     ("cut.gz", gzip.compress(b"1\n" * 99_999)[:-20]), ("no.gz", b"<html>busy</html>"), ("a.csv", b"1\n\xff\xfe\n"),
-    ("bad.gz", gzip.compress(b"1\n" * 99)[:-8] + bytes(8)), ("word.csv", b"1\ntwo\n")])
+    ("bad.gz", gzip.compress(b"1\n" * 99)[:-8] + bytes(8)), ("word.csv", b"1\ntwo\n"),
+    ("worse.gz", gzip.compress(b"1\n" * 99)[:12] + b"\xff" * 20)])
 def test_damaged_files_are_one_line(tmp_path, capsys, name, data):
     (tmp_path / name).write_bytes(data)
     assert_stops(capsys, lambda: list(stage.read_dump(tmp_path / name, int)), words=(tmp_path / name, "delete it"))
@@ -302,12 +314,12 @@ def test_both_releases_end_to_end(host, tmp_path, capsys, year):
 
 
 def test_five_core_repeats_and_peers_by_hand(host, tmp_path, capsys):
-    """Users u0-u4 rate a-e. v0-v4 rate a-d and "long", v0-v3 also g, which has four ratings; u0 rates a twice at once."""
+    """Users u0-u4 rate a-e. v0-v4 rate a-d and "long", v0-v3 g, w0-w4 h alone; u0 rates a twice at once."""
     ratings = [(f"u{u}", item, DAY * day) for u in range(5) for day, item in enumerate("abcde")]
     ratings += [(f"v{v}", item, DAY * day) for v in range(5) for day, item in enumerate("abcd")]
     ratings += [(f"v{v}", "g", 9 * DAY) for v in range(4)] + [("u0", "a", 0), ("u0", "a", DAY), ("u1", "long", 0)] + [
-        (f"v{v}", "long", 8 * DAY) for v in range(5)]
-    rows = [{"asin": c, "title": f"Item {c}"} for c in "abcdeg"] + [{"asin": "long", "title": "word " * 21}]
+        (f"v{v}", "long", 8 * DAY) for v in range(5)] + [(f"w{w}", "h", DAY) for w in range(5)]
+    rows = [{"asin": c, "title": f"Item {c}"} for c in "abcdegh"] + [{"asin": "long", "title": "word " * 21}]
     serve(host, 2018, ratings, rows)
     flags = ("--run", tmp_path, "--cache", tmp_path / "cache", "--amazon-url", host.url)
     stage.prepare_amazon(amazon_args(*flags))                           # "long" keeps the five v in
@@ -355,6 +367,18 @@ def test_a_bad_rating_names_its_line(tmp_path, capsys):
         (tmp_path / "r.csv").write_text(content)
         assert_stops(capsys, lambda: list(stage.read_ratings(tmp_path / "r.csv", amazon_args())),
                      words=("r.csv", f"line {line}"))
+
+
+@pytest.mark.parametrize("year, unit", [(2018, 1), (2023, 1000)])
+def test_the_window_takes_its_first_second_and_not_the_next_months(tmp_path, year, unit):
+    low, high = (unit * stage.month(m) for m in ("2016-10", "2016-12"))
+    rows = [("u", "i", t) for t in (0, low - 1, low, high - 1, high, 2 * high)]
+    lines = ["user_id,parent_asin,rating,timestamp\n"] * (year == 2023)
+    lines += [f"i,u,5.0,{t}\n" if year == 2018 else f"u,i,5.0,{t}\n" for _, _, t in rows]
+    (tmp_path / "r.csv").write_text("".join(lines))
+    args = amazon_args("--year", year, "--since", "2016-10", "--until", "2016-12")
+    assert list(stage.read_ratings(tmp_path / "r.csv", args)) == rows[2:4]
+    assert list(stage.read_ratings(tmp_path / "r.csv", amazon_args("--year", year))) == rows
 
 
 def test_months():
