@@ -5,22 +5,26 @@ its user's prompt and its own ancestors, so the prompt's KV cache is never copie
 Logits are taken against the K rows of the level only. Given a generator, the same search draws SIDs without
 replacement (stochastic beam search, Kool et al. 2019, arXiv 1903.06059). TS-Rec (arXiv 2602.22632), section 5.1.2:
 full ranking, 20 beams, K = 3, 5, 10. With one relevant item HR@K = Recall@K, NDCG@K = 1 / log2(rank + 1).
+`--task` ranks for any other task whose response is a SID (search: STAR, section 3.2), and decodes texts freely for
+the tasks whose response is one (SID comprehension: TS-Rec, section 5.5, 5 beams).
 
 Reads   RUN/sft.pt (or --checkpoint), RUN/items.jsonl, RUN/test.jsonl (or valid), RUN/train.jsonl (yardsticks),
-        RUN/semantics.jsonl (meanings of tokens, where it exists)
+        RUN/queries.jsonl (search), RUN/semantics.jsonl (meanings of tokens, where it exists)
 Writes  RUN/metrics.jsonl (appended), RUN/predictions.jsonl
 
 Differs from the papers
   1. A hit is the target item. Where SIDs collide, the items of one SID follow each other in catalogue order; the
      SID-level figure, which the papers report, is printed beside.
   2. Yardsticks counted on train.jsonl stand in the same table: popularity, and last-item bigram.
-  3. The policy is normalised over the trie's children at each level (`--normalize trie`), a proper distribution
+  3. Beside the accuracy of decoded texts (exact but for blanks and case) stands the F1 of their words.
+  4. The policy is normalised over the trie's children at each level (`--normalize trie`), a proper distribution
      over items; `level` is the softmax over all K codes of the level.
 
 Examples
   python evaluate.py                                               # the demo's test users
   python evaluate.py --show 3                                      # and three of them in words
   python evaluate.py --history 12,55,89                            # ten recommendations for that history
+  python evaluate.py --task title2sid                              # comprehension, ACC1 (sid2title: ACC2)
 """
 import argparse
 import json
@@ -37,8 +41,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
-from tokenize_items import codes_of, pick_device, read_catalogue, read_jsonl, read_samples, stop, write_jsonl
-from train import length_batches, prompt_ids, task_pairs
+from tokenize_items import (codes_of, parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples, stop,
+                            write_jsonl)
+from train import TASKS, check_lengths, length_batches, prompt_ids, read_queries, task_rows
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
 # node, N items, D width.
@@ -235,6 +240,43 @@ def name_items(trie: Trie, candidates: list[dict], found: list, skip: list[set])
     return ranked, scores, sids
 
 
+@torch.no_grad()
+def decode_texts(model, prompts: list[list[int]], num_beams: int, max_tokens: int, eos: int) -> list[list[list[int]]]:
+    """Beam search over the whole vocabulary; per prompt the ids of `num_beams` texts up to EOS, best first.
+
+    The same tree attention, a slot per beam and step; a beam that has ended goes on with EOS at no cost. Scores are
+    sums of log-probabilities, not divided by lengths.
+    """
+    head, width = model.get_output_embeddings().weight, max(map(len, prompts))
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(head.device)
+    lengths = torch.tensor([len(p) for p in prompts], device=head.device)
+    with autocast(head.device):
+        out = model.base_model(input_ids=ids, use_cache=True)
+    hidden = out.last_hidden_state[torch.arange(len(prompts), device=head.device), lengths - 1][:, None]
+    scores = torch.zeros(len(prompts), 1, device=head.device)
+    texts = ids.new_zeros(len(prompts), 1, 0)                                        # (B, W, step)
+    seen = torch.zeros(len(prompts), 1, 0, dtype=torch.bool, device=head.device)     # (B, W, slots)
+    prompt = (torch.arange(width, device=head.device) < lengths[:, None])[:, None]   # (B, 1, T)
+    for step in range(max_tokens):
+        gain = (hidden.float() @ head.float().T).log_softmax(-1)                     # (B, W, V)
+        if step:
+            ended = texts[..., -1] == eos
+            gain[ended] = torch.where(torch.arange(len(head), device=head.device) == eos, 0.0, -torch.inf)
+        scores, best = (scores[..., None] + gain).flatten(1).topk(min(num_beams, scores.shape[1] * len(head)))
+        parent, token = best // len(head), best % len(head)                          # (B, W)
+        texts = torch.cat([texts.gather(1, parent[..., None].expand(-1, -1, step)), token[..., None]], -1)
+        if (token == eos).all() or step + 1 == max_tokens:
+            break
+        own = torch.eye(token.shape[1], dtype=torch.bool, device=head.device).expand(len(prompts), -1, -1)
+        seen = torch.cat([seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2])), own], -1)
+        mask = torch.cat([prompt.expand(-1, token.shape[1], -1), seen], -1)[:, None]
+        with autocast(head.device):
+            out = model.base_model(input_ids=token, past_key_values=out.past_key_values, attention_mask=mask,
+                                   position_ids=(lengths[:, None] + step).expand_as(token), use_cache=True)
+        hidden = out.last_hidden_state
+    return [[text[:text.index(eos)] if eos in text else text for text in beams] for beams in texts.tolist()]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Metrics and yardsticks
 # ---------------------------------------------------------------------------------------------------------
@@ -246,6 +288,17 @@ def rank_metrics(ranks: list[int | None], cutoffs: tuple[int, ...]) -> dict[str,
         gains = (1 / math.log2(r + 1) for r in ranks if r is not None and r <= k)
         metrics[f"NDCG@{k}"] = sum(gains) / len(ranks)
     return metrics
+
+
+def text_metrics(wanted: list[str], found: list[list[str]]) -> dict[str, float]:
+    """Of each example's texts, best first: is the best one the wanted one, is any, and the best one's token F1."""
+    totals = Counter()
+    for want, texts in zip(wanted, found):
+        want, *texts = (text.casefold().split() for text in (want, *texts))
+        shared = (Counter(want) & Counter(texts[0])).total()
+        totals.update({"accuracy": texts[0] == want, "accuracy_any": want in texts,
+                       "token_f1": 2 * shared / max(1, len(want) + len(texts[0]))})
+    return {name: totals[name] / len(wanted) for name in ("accuracy", "accuracy_any", "token_f1")}
 
 
 def rank_of(target, ranked: list) -> int | None:
@@ -286,12 +339,13 @@ def yardsticks(train: list[dict], samples: list[dict], candidates: list[dict], s
 # Output
 # ---------------------------------------------------------------------------------------------------------
 
-def print_table(rows: list[dict], cutoffs: tuple[int, ...]) -> None:
-    """One line per method: HR and NDCG at the cut-offs."""
-    head = [f"{name}@{k}" for name in ("HR", "NDCG") for k in cutoffs]
-    print(f"{'method':<24}{'level':<6}" + "".join(f"{h:>9}" for h in head))
+def print_table(rows: list[dict]) -> None:
+    """One line per method: HR and NDCG at the papers' cut-offs, or the figures of decoded texts."""
+    heads = [f"{name}@{k}" for name in ("HR", "NDCG") for k in (1, 3, 5, 10)]
+    heads = [h for h in (*heads, "accuracy", "accuracy_any", "token_f1") if h in rows[0]]
+    print(f"{'method':<24}{'level':<6}" + "".join(f"{h:>{max(9, len(h) + 1)}}" for h in heads))
     for row in rows:
-        print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[h]:>9.4f}" for h in head))
+        print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[h]:>{max(9, len(h) + 1)}.4f}" for h in heads))
 
 
 def describe(item: dict, meaning: dict[str, list[str]]) -> str:
@@ -325,11 +379,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--run", default="runs/demo", help="folder of the run")
     files.add_argument("--checkpoint", help="instead of RUN/sft.pt")
+    files.add_argument("--task", choices=sorted(TASKS.keys() - {"sequence"}), default="next", help="what is asked; see train.py's table")
     files.add_argument("--split", choices=("test", "valid"), default="test", help="which samples to rank")
     files.add_argument("--metrics", help="instead of RUN/metrics.jsonl")
     files.add_argument("--predictions", help="instead of RUN/predictions.jsonl")
     search = parser.add_argument_group("search")
-    search.add_argument("--num-beams", type=int, default=20, help="W, SIDs kept per level and returned")
+    search.add_argument("--num-beams", type=int, help="W, SIDs kept per level and returned; default: 20, and 5 for "
+                        "tasks about single items and tokens")
     search.add_argument("--normalize", choices=("trie", "level"), default="trie",
                         help="what a level's probabilities sum to one over: a node's children, or all K codes")
     search.add_argument("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
@@ -342,7 +398,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     show.add_argument("--history", help="comma-separated item_ids: print ten recommendations and stop")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    if args.num_beams < 1 or args.batch_tokens < 1 or args.limit < 0:
+    if args.history and TASKS[args.task].source != "samples":
+        parser.error(f"--history asks for the next item; --task {args.task} reads none")
+    if args.num_beams is not None and args.num_beams < 1 or args.batch_tokens < 1 or args.limit < 0:
         parser.error("--num-beams and --batch-tokens must be at least 1, --limit at least 0")
     return args
 
@@ -370,47 +428,62 @@ def read_history(text: str, items: list[dict]) -> dict:
     return {"user_id": "you", "history": [by_name[name] for name in names]}
 
 
-def write_results(args: argparse.Namespace, rows: list[dict], samples: list[dict], ranked: list, scores: list):
-    """Append a line per method to metrics.jsonl, replace predictions.jsonl."""
-    predictions = Path(args.predictions or Path(args.run) / "predictions.jsonl")
-    write_jsonl(predictions, [{"user_id": s["user_id"], "target": s["target"], "items": r, "scores": sc}
-                              for s, r, sc in zip(samples, ranked, scores)])
-    metrics = Path(args.metrics or Path(args.run) / "metrics.jsonl")
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with open(metrics, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"wrote {metrics}, {predictions}")
-
-
-def main() -> None:
-    args = parse_args()
-    device = pick_device(args.device)
-    run = Path(args.run)
-    items = read_catalogue(run / "items.jsonl")
-    by_id = {item["item_id"]: item for item in items}
-    candidates = pick_candidates(args.candidates, items)
+def read_examples(args: argparse.Namespace, items: list[dict]) -> tuple[list[dict], list[str], list[str]]:
+    """What the task asks: samples {"user_id", "history", "target"}, instructions, responses."""
+    run, known, data = Path(args.run), {item["item_id"] for item in items}, {"items": items}
+    source = TASKS[args.task].source
     if args.history:
-        samples = [read_history(args.history, items)]
-    else:
-        samples = read_samples(run / f"{args.split}.jsonl", set(by_id))[:args.limit or None]
-        train = read_samples(run / "train.jsonl", set(by_id))
-    path = Path(args.checkpoint or run / "sft.pt")
-    model, tokenizer, checkpoint = load_model(path, device, items)
-    if device.type == "cuda":
-        model.to(torch.bfloat16)                                        # scores are still computed in float32
-    sid = checkpoint["sid"]
-    sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
-    trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device)
-    semantics = run / "semantics.jsonl"
-    meaning = {r["token"]: r["keywords"] for r in read_jsonl(semantics, ("token", "keywords"))} \
-        if semantics.exists() else {}
+        data["samples"] = [{"target": items[0]["item_id"], **read_history(args.history, items)}]
+    elif source == "samples":
+        data["samples"] = read_samples(run / f"{args.split}.jsonl", known)
+    elif source == "queries":
+        data["queries"] = read_queries(run / "queries.jsonl", known, "test")
+    elif source == "tokens":
+        data["tokens"] = read_jsonl(run / "semantics.jsonl", ("token", "description"))
+    rows = task_rows(args.task, data)[:args.limit or None]
+    if not rows:
+        stop(f"--task {args.task}: this run has no examples of it")
+    samples = [row for row, _, _ in rows]
+    if args.history:
+        del samples[0]["target"]                                        # it was only there for the templates
+    if source != "samples":
+        who, what = {"items": ("item_id", "item_id"), "queries": ("query", "item_id"), "tokens": ("token",) * 2}[source]
+        samples = [{"user_id": str(row[who]), "history": [], "target": row[what]} for row in samples]
+    return samples, [i for _, i, _ in rows], [r for _, _, r in rows]
 
-    pairs = task_pairs("next", {"items": items, "samples": [{"target": s["history"][0], **s} for s in samples]})
-    prompts = prompt_ids(tokenizer, [p for p, _ in pairs])
-    longest = max(map(len, prompts)) + sid["num_levels"] - 1
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and longest > limit:
-        stop(f"the longest prompt and SID have {longest} tokens, the backbone reads {limit}; shorten the history")
+
+def evaluate_texts(model, tokenizer, prompts: list, responses: list[str], args: argparse.Namespace) -> dict:
+    """Decode a text for every prompt and compare it with the response; the figures."""
+    most = max(map(len, tokenizer(responses, add_special_tokens=False).input_ids)) + 1
+    found: list = [None] * len(prompts)
+    model.eval()
+    with tqdm(total=len(prompts), desc="decode", unit="text", disable=None) as bar:
+        for rows in length_batches(prompts, max(1, args.batch_tokens // 8)):
+            beams = decode_texts(model, [prompts[r] for r in rows], args.num_beams, most, tokenizer.eos_token_id)
+            for row, texts in zip(rows, beams):
+                found[row] = tokenizer.batch_decode(texts)
+            bar.update(len(rows))
+    for prompt, want, texts in list(zip(prompts, responses, found))[:args.show]:
+        print(f"{tokenizer.decode(prompt).strip()}\n   wanted  {want}\n   decoded {texts[0]}")
+    return text_metrics(responses, found)
+
+
+def evaluate_tokens(model, tokenizer, prompts: list, samples: list[dict], args: argparse.Namespace) -> dict:
+    """Rank all SID tokens that have a description: a trie of one level."""
+    names = sorted({s["target"] for s in samples}, key=parse_sid_token)
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(names)], device=model.device)
+    trie = build_trie(torch.arange(len(names))[:, None], len(names), model.device)
+    found = search_all(model, trie, ids, prompts, args.num_beams, "trie", args.batch_tokens)
+    ranks = [rank_of(s["target"], [names[leaf] for leaf, _ in pairs]) for s, pairs in zip(samples, found)]
+    return rank_metrics(ranks, tuple(k for k in CUTOFFS if k <= args.num_beams))
+
+
+def evaluate_items(model, tokenizer, sid: dict, items: list[dict], prompts: list, samples: list[dict], path: Path,
+                   args: argparse.Namespace) -> list[dict]:
+    """Rank the catalogue for every sample, beside the yardsticks where there are histories; the table's rows."""
+    by_id, candidates = {item["item_id"]: item for item in items}, pick_candidates(args.candidates, items)
+    sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(model.device)
+    trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], model.device)
     skip = [set(s["history"]) if args.exclude_history else set() for s in samples]
     row_of = {item["item_id"]: row for row, item in enumerate(candidates)}
     excluded = [[row_of[i] for i in no if i in row_of] for no in skip] if args.exclude_history else None
@@ -418,29 +491,65 @@ def main() -> None:
     found = search_all(model, trie, sid_ids, prompts, args.num_beams, args.normalize, args.batch_tokens, excluded)
     seconds = time.time() - start
     ranked, scores, ranked_sids = name_items(trie, candidates, found, skip)
+    semantics = Path(args.run) / "semantics.jsonl"
+    meaning = {r["token"]: r["keywords"] for r in read_jsonl(semantics, ("token", "keywords"))} \
+        if semantics.exists() else {}
+    for sample, r, s in list(zip(samples, ranked, scores))[:1 if args.history else args.show]:
+        show_user(sample, r, s, by_id, meaning)
     if args.history:
-        return show_user(samples[0], ranked[0], scores[0], by_id, meaning)
-
-    cutoffs = tuple(k for k in CUTOFFS if k <= args.num_beams)
-    base = {"task": "next", "split": args.split, "n": len(samples), "num_beams": args.num_beams,
-            "exclude_history": args.exclude_history}
+        return []
     targets = [s["target"] for s in samples]
-    lists = [(name, "item", targets, rankings, 0.0)
-             for name, rankings in yardsticks(train, samples, candidates, skip, args.num_beams).items()]
+    lists = []
+    if TASKS[args.task].source == "samples":
+        train = read_samples(Path(args.run) / "train.jsonl", set(by_id))
+        lists = [(name, "item", targets, rankings, 0.0)
+                 for name, rankings in yardsticks(train, samples, candidates, skip, args.num_beams).items()]
     lists.append((path.name, "item", targets, ranked, seconds))
     if len(trie.leaf_start) - 1 < len(candidates):
         lists.append((path.name, "sid", [tuple(by_id[t]["sid"]) for t in targets], ranked_sids, seconds))
-    rows = []
-    for method, level, wanted, lists_, took in lists:
-        ranks = [rank_of(t, r) for t, r in zip(wanted, lists_)]
-        rows.append({"method": method, **base, "level": level, **rank_metrics(ranks, cutoffs),
-                     "seconds": round(took, 2)})
-    for sample, r, s in list(zip(samples, ranked, scores))[:args.show]:
-        show_user(sample, r, s, by_id, meaning)
-    print(f"{len(samples)} {args.split} users | {len(candidates)} items | {args.num_beams} beams | "
-          f"device {device} | {seconds:.1f} s, {len(samples) / seconds:.0f} users/s")
-    print_table(rows, tuple(k for k in cutoffs if k in (1, 3, 5, 10)))
-    write_results(args, rows, samples, ranked, scores)
+    print(f"{len(samples)} examples of {args.task} | {len(candidates)} items | {args.num_beams} beams | "
+          f"device {model.device} | {seconds:.1f} s, {len(samples) / seconds:.0f} per second")
+    predictions = Path(args.predictions or Path(args.run) / "predictions.jsonl")
+    write_jsonl(predictions, [{"user_id": s["user_id"], "target": s["target"], "items": r, "scores": sc}
+                              for s, r, sc in zip(samples, ranked, scores)])
+    print(f"wrote {predictions}")
+    cutoffs = tuple(k for k in CUTOFFS if k <= args.num_beams)
+    return [{"method": method, "level": level, "seconds": round(took, 2),
+             **rank_metrics([rank_of(t, r) for t, r in zip(wanted, lists_)], cutoffs)}
+            for method, level, wanted, lists_, took in lists]
+
+
+def main() -> None:
+    args = parse_args()
+    device, task = pick_device(args.device), TASKS[args.task]
+    items = read_catalogue(Path(args.run) / "items.jsonl")
+    path = Path(args.checkpoint or Path(args.run) / "sft.pt")
+    model, tokenizer, checkpoint = load_model(path, device, items)
+    if device.type == "cuda":
+        model.to(torch.bfloat16)                                        # scores are still computed in float32
+    args.num_beams = args.num_beams or (20 if task.source in ("samples", "queries") else 5)
+    samples, instructions, responses = read_examples(args, items)
+    prompts = prompt_ids(tokenizer, instructions)
+    check_lengths(max(map(len, prompts)) + checkpoint["sid"]["num_levels"] - 1, model, "shorten the histories")
+
+    start = time.time()
+    if task.text:
+        rows = [{"level": "text", **evaluate_texts(model, tokenizer, prompts, responses, args)}]
+    elif task.source == "tokens":
+        rows = [{"level": "token", **evaluate_tokens(model, tokenizer, prompts, samples, args)}]
+    else:
+        rows = evaluate_items(model, tokenizer, checkpoint["sid"], items, prompts, samples, path, args)
+    if args.history:
+        return
+    base = {"method": path.name, "task": args.task, "split": args.split if task.source == "samples" else "test",
+            "n": len(samples), "num_beams": args.num_beams, "exclude_history": args.exclude_history,
+            "seconds": round(time.time() - start, 2)}
+    print_table(rows := [{**base, **row} for row in rows])
+    metrics = Path(args.metrics or Path(args.run) / "metrics.jsonl")
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with open(metrics, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"wrote {metrics}")
 
 
 if __name__ == "__main__":

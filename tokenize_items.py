@@ -7,7 +7,8 @@ L codes; a collision step makes every SID unique. TS-Rec (arXiv 2602.22632), sec
     Eq. 2   s_il = argmin_k || R_il - C_lk ||
     Eq. 3   R_i,l+1 = R_il - C_l,s_il
 
-Reads   DATA/items.jsonl, and DATA/train|valid|test.jsonl (an official split) or DATA/interactions.jsonl
+Reads   DATA/items.jsonl, and DATA/train|valid|test.jsonl (an official split) or DATA/interactions.jsonl;
+        with --amazon both are made in RUN/data from a public dump, downloaded once into --cache
 Writes  RUN/items.jsonl (the input with "sid": ["<a_12>", "<b_7>", "<c_3>"]), RUN/train|valid|test.jsonl,
         RUN/codebook.pt (centroids (L, K, D) and the encoder, so that new items can be encoded later)
 
@@ -20,20 +21,30 @@ Differs from the paper
 Examples
   python tokenize_items.py                                                         # the demo, 4 s on two cores
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial  # 10 s on two cores
+  python tokenize_items.py --run runs/ind --amazon Industrial_and_Scientific --since 2016-10 --until 2018-11 --peers
   python tokenize_items.py --encoder Qwen/Qwen3-Embedding-4B --pooling last --dim 32 --collision random
   python tokenize_items.py --run runs/demo --codebook runs/demo/codebook.pt --items new_items.jsonl
 """
 import argparse
+import base64
+import calendar
 import contextlib
+import gzip
+import hashlib
+import html
 import json
+import math
 import os
 import pickle
 import re
 import sys
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
 from tqdm import tqdm
 
@@ -44,6 +55,18 @@ WORD = re.compile(r"[^\W_]+")           # LSA: runs of letters and digits
 LSA_DIM, LSA_MAX_TERMS = 128, 50_000    # width of the LSA space; most frequent terms kept
 DISTANCE_BYTES = 64 << 20               # K-means: size of one block of the distance matrix
 ITEM_FIELDS = ("title", "description", "brand", "categories")
+TAG = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>]*>", re.I | re.S)
+SCRAPED = re.compile(r"<span id|getTime")   # titles that are a piece of the page's code, not a name
+TIMEOUT = (10, 60)                      # seconds to connect, and between two pieces of an answer
+WAITS = (1, 4, 16, None)                # seconds before each new attempt of a download
+AMAZON_URL = "https://mcauleylab.ucsd.edu/public_datasets/data"
+AMAZON = {  # by release: paths below the host, the user's column (the item's is 1 or 0), times per second, names
+    2018: {"ratings": "amazon_v2/categoryFilesSmall/{}.csv", "user": 1, "second": 1,
+           "metadata": "amazon_v2/metaFiles2/meta_{}.json.gz",
+           "item_id": "asin", "brand": "brand", "categories": "category"},
+    2023: {"ratings": "amazon_2023/benchmark/0core/rating_only/{}.csv.gz", "user": 0, "second": 1000,
+           "metadata": "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
+           "item_id": "parent_asin", "brand": "store", "categories": "categories"}}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -213,17 +236,13 @@ def terms_of(text: str) -> list[str]:
 
 def tfidf(texts: list[str], column: dict[str, int], idf: torch.Tensor) -> torch.Tensor:
     """Weigh (1 + log tf) * idf, rows of length 1; a sparse (N, V) matrix."""
-    rows, columns, values = [], [], []
-    for row, text in enumerate(texts):
-        counts = Counter(t for t in terms_of(text) if t in column)
-        rows += [row] * len(counts)
-        columns += [column[t] for t in counts]
-        values += [1 + np.log(c) for c in counts.values()]
-    rows, columns = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
-    values = torch.tensor(values, dtype=torch.float32) * idf[columns]
+    counted = [(row, column[t], n) for row, text in enumerate(texts)
+               for t, n in Counter(terms_of(text)).items() if t in column]
+    rows, columns, counts = torch.tensor(counted, dtype=torch.long).reshape(-1, 3).T
+    values = (1 + counts.double().log()).float() * idf[columns]
     norms = torch.zeros(len(texts)).index_add_(0, rows, values ** 2).sqrt().clamp_min(1e-12)
-    index, size = torch.stack([rows, columns]), (len(texts), len(idf))
-    return torch.sparse_coo_tensor(index, values / norms[rows], size, check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / norms[rows], (len(texts), len(idf)),
+                                   check_invariants=False).coalesce()
 
 
 def fit_lsa(texts: list[str]) -> dict:
@@ -380,15 +399,13 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
     keeps its code; "nearest" gives the others the free code whose centroid is nearest to their residual,
     "random" (TS-Rec, footnote 1) any free one. Stops where a prefix holds more items than K.
     """
-    codes, rng = codes.copy(), np.random.default_rng(seed)
-    _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-    _, prefix = np.unique(codes[:, :-1], axis=0, return_inverse=True)
-    inverse, prefix = inverse.reshape(-1), prefix.reshape(-1)           # numpy 2.0 keeps the axis
-    crowded = np.unique(prefix[counts[inverse] > 1])
-    order = np.argsort(prefix, kind="stable")
-    starts = np.searchsorted(prefix[order], np.stack([crowded, crowded + 1]))
-    for low, high in starts.T:
-        members = order[low:high]
+    codes, rng, rows_of = codes.copy(), np.random.default_rng(seed), {}
+    for row, (*prefix, _) in enumerate(codes.tolist()):
+        rows_of.setdefault(tuple(prefix), []).append(row)
+    for prefix, rows in sorted(rows_of.items()):
+        if len(set(codes[rows, -1].tolist())) == len(rows):
+            continue
+        members = np.array(rows)
         distance = ((residuals[members, None] - book[codes[members, -1]][:, None]) ** 2).sum((1, 2))
         members = members[np.lexsort((members, distance, members >= first_new))]
         taken, movers = set(), []
@@ -396,9 +413,9 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
             if codes[i, -1] in taken and i >= first_new:
                 movers.append(i)
             taken.add(int(codes[i, -1]))
-        free = np.array(sorted(set(range(len(book))) - taken), dtype=int)
+        free = np.setdiff1d(np.arange(len(book)), list(taken))
         if len(free) < len(movers):
-            name = "".join(sid_token(l, c) for l, c in enumerate(codes[members[0], :-1]))
+            name = "".join(sid_token(level, code) for level, code in enumerate(prefix))
             stop(f"prefix {name} has {len(members)} items but only {len(book)} last codes; "
                  "choose a larger --codebook-size or more --num-levels")
         for i in movers:
@@ -486,53 +503,207 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Amazon reviews: download, filter, clean
+# ---------------------------------------------------------------------------------------------------------
+
+def fetch(url: str, path: Path) -> None:
+    """GET `url` to `path` through a part file named after the host's version of it; what that holds is not sent again.
+
+    RFC 9110, 13.1.5 and 14.2: with If-Range a host sends the rest of that version (206) or the whole file (200), and
+    the latter starts over. Checked by size and, where the host has it, by Content-MD5 (RFC 1864); an ETag is no
+    checksum, only some stores make it an MD5. Raises requests.RequestException where it fails or is cut.
+    """
+    options = {"headers": {"Accept-Encoding": "identity"}, "timeout": TIMEOUT, "allow_redirects": True}
+    with requests.head(url, **options) as reply:
+        reply.raise_for_status()
+        told = reply.headers
+    size, version = int(told.get("Content-Length", 0)), told.get("ETag") or told.get("Last-Modified", "")
+    part, digest = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part"), hashlib.md5()
+    have = part.stat().st_size if part.exists() else 0
+    if 0 < have < size and version[:2] not in ("", "W/"):
+        options["headers"] |= {"Range": f"bytes={have}-", "If-Range": version}
+    with requests.get(url, stream=True, **options) as reply:
+        reply.raise_for_status()
+        reply.raw.headers.pop("Content-Encoding", None)                 # a .gz shall stay one
+        have = have if reply.status_code == 206 else 0
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                desc=path.name, total=size or None, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+            for block in reply.iter_content(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+    if size and size != part.stat().st_size:
+        raise requests.ConnectionError(f"{part.stat().st_size} of {size} bytes arrived")
+    with open(part, "rb") as file:
+        while "Content-MD5" in told and (block := file.read(1 << 20)):
+            digest.update(block)
+    if told.get("Content-MD5") not in (None, base64.b64encode(digest.digest()).decode()):
+        part.unlink()
+        stop(f"{url}: what arrived does not have the host's Content-MD5; run again to fetch it anew")
+    os.replace(part, path)
+
+
+def download(url: str, path: Path) -> Path:
+    """Fetch `url` to `path` unless it is there, in a few attempts; returns `path`."""
+    for wait in () if path.exists() else WAITS:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetch(url, path)
+            break
+        except requests.RequestException as error:
+            if getattr(error.response, "status_code", 500) in range(400, 429):      # but 429, too many requests
+                stop(f"{error}; check --amazon, --year and --amazon-url")
+            if wait is None:
+                stop(f"{url}: {error}; what has arrived is kept, run again to fetch the rest")
+            time.sleep(wait)
+        except OSError as error:
+            stop(f"{path}: cannot be written ({error})")
+    return path
+
+
+def read_dump(path: Path, parse):
+    """Yield parse(line) of each line of a downloaded file; stops where it is damaged or cut short."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield parse(line)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error) as error:
+        stop(f"{path}: damaged at or after line {number} ({error}); delete it and run again to fetch it anew")
+
+
+def read_ratings(path: Path, args: argparse.Namespace):
+    """Yield (user, item, time) of each rating inside the window, the time as in the dump."""
+    dump = AMAZON[args.year]
+    low, high = (args.since or 0) * dump["second"], (args.until or math.inf) * dump["second"]
+    # the header of 2023 becomes a rating from before any window
+    rows = read_dump(path, lambda line: (cells := line.replace("timestamp", "-1").split(","), int(cells[3])))
+    for cells, moment in rows:
+        if low <= moment < high:
+            yield cells[dump["user"]], cells[1 - dump["user"]], moment
+
+
+def plain(text) -> str:
+    """Clean a field, a string or a list of them: ["<b>A&amp;B</b>", "c"] -> "A&B c"."""
+    text = " ".join(map(str, text)) if isinstance(text, list) else str(text or "")
+    return " ".join(TAG.sub(" ", html.unescape(text)).split())
+
+
+def read_metadata(path: Path, args: argparse.Namespace, wanted: set) -> dict[str, dict]:
+    """The wanted items that have a text, by id; with --peers, those with a title of at most 20 words."""
+    dump, items = AMAZON[args.year], {}
+    rows = read_dump(path, lambda line: (row := json.loads(line), row[dump["item_id"]]))
+    for row, item_id in tqdm(rows, desc="metadata", unit=" items", disable=None):
+        if item_id not in wanted or item_id in items:
+            continue
+        title = str(row.get("title") or "").strip(' "')
+        title = "" if SCRAPED.search(title) else title
+        if args.peers and (len(title) < 2 or len(title.split(" ")) > 20):
+            continue
+        item = {"item_id": item_id, "title": plain(title), "brand": plain(row.get(dump["brand"])),
+                "description": plain(row.get("description") or row.get("features")),
+                "categories": " > ".join(filter(None, map(plain, row.get(dump["categories"]) or [])))}
+        if item_text(item):
+            items[item_id] = item
+    return items
+
+
+def prepare_amazon(args: argparse.Namespace) -> None:
+    """Make DATA/items.jsonl and interactions.jsonl from one category of the 2018 or 2023 Amazon reviews.
+
+    Ni et al., EMNLP 2019 (times in seconds); Hou et al., arXiv 2403.03952 (milliseconds, a user's first rating of an
+    item only). What a user rates twice at the same time counts once; with --peers it stays twice.
+    """
+    dump, by_user, by_item, histories = AMAZON[args.year], Counter(), Counter(), {}
+    ratings, metadata = (download(f"{args.amazon_url}/{path}", Path(args.cache).expanduser() / path)
+                         for path in (dump[kind].format(args.amazon) for kind in ("ratings", "metadata")))
+    for user, item, _ in read_ratings(ratings, args):
+        by_user[user] += 1
+        by_item[item] += 1
+    items = read_metadata(metadata, args, {i for i, n in by_item.items() if n >= args.min_count})
+    for user, item, moment in read_ratings(ratings, args):              # once more, to hold only what may stay
+        if item in items and by_user[user] >= args.min_count:
+            histories.setdefault(user, []).append((moment, item))
+    users = []
+    for user, pairs in histories.items():
+        moments, bought = zip(*sorted(pairs if args.peers else dict.fromkeys(pairs), key=lambda pair: pair[0]))
+        users.append({"user_id": user, "items": list(bought), "timestamps": list(moments)})
+    users = k_core(users, args.min_count)
+    known = {i for user in users for i in user["items"]}
+    print(f"amazon {args.year} {args.amazon} | {by_user.total()} ratings in the window | {args.min_count}-core: "
+          f"{len(users)} users, {len(known)} items, {sum(len(u['items']) for u in users)} interactions")
+    if not users:
+        stop(f"--amazon {args.amazon}: nothing is left; a longer --since to --until, or a lower --min-count")
+    write_jsonl(Path(args.data) / "items.jsonl", [item for i, item in items.items() if i in known])
+    write_jsonl(Path(args.data) / "interactions.jsonl", users)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
+
+def month(text: str) -> int:
+    """The first second of a month, UTC: "1970-02" -> 2678400; ValueError at anything else."""
+    return calendar.timegm(time.strptime(text, "%Y-%m"))
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    files = parser.add_argument_group("files")
-    files.add_argument("--run", default="runs/demo", help="folder that the outputs are written to")
-    files.add_argument("--data", default=str(Path(__file__).parent / "tests" / "demo"),
-                       help="folder with items.jsonl and interactions.jsonl or train/valid/test.jsonl")
-    files.add_argument("--items", help="catalogue, instead of DATA/items.jsonl")
-    files.add_argument("--interactions", help="interactions, instead of DATA/interactions.jsonl")
-    files.add_argument("--sids", help="take the SIDs from this file ({item_id, sid} lines), collisions kept")
-    files.add_argument("--codebook", help="give SIDs from this codebook.pt to the new items in --items and append "
-                                          "them to the run's catalogue; nothing that is there moves")
-    encoder = parser.add_argument_group("encoder")
-    encoder.add_argument("--encoder", default="lsa", help="lsa, or a Hugging Face model name or folder")
-    encoder.add_argument("--pooling", choices=("mean", "last"), default="mean",
-                         help="Hugging Face encoder: mean of the tokens, or the last one (Qwen3-Embedding)")
-    encoder.add_argument("--max-length", type=int, default=512, help="Hugging Face encoder: tokens read per item")
-    encoder.add_argument("--batch-size", type=int, default=32, help="Hugging Face encoder: items per batch")
-    encoder.add_argument("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
-    quantizer = parser.add_argument_group("quantizer")
-    quantizer.add_argument("--num-levels", type=int, default=3, help="L, codes per item")
-    quantizer.add_argument("--codebook-size", type=int, default=0,
-                           help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
-    quantizer.add_argument("--iterations", type=int, default=100, help="most Lloyd iterations per level")
-    quantizer.add_argument("--collision", choices=("nearest", "random"), default="nearest",
-                           help="which free last code a colliding item gets")
-    samples = parser.add_argument_group("samples")
-    samples.add_argument("--split", choices=("official", "leave-one-out", "chronological"),
-                         help="default: official where DATA/train.jsonl exists and no --interactions, else "
-                              "leave-one-out")
-    samples.add_argument("--max-history", type=int, default=10, help="most recent items kept; STAR: 20")
-    samples.add_argument("--min-count", type=int, default=1,
-                         help="drop items and users with fewer interactions, repeatedly; the papers: 5")
+    flag = parser.add_argument_group("files").add_argument
+    flag("--run", default="runs/demo", help="folder that the outputs are written to")
+    flag("--data", help="folder with items.jsonl and interactions.jsonl or train/valid/test.jsonl",
+         default=str(Path(__file__).parent / "tests" / "demo"))
+    flag("--items", help="catalogue, instead of DATA/items.jsonl")
+    flag("--interactions", help="interactions, instead of DATA/interactions.jsonl")
+    flag("--sids", help="take the SIDs from this file ({item_id, sid} lines), collisions kept")
+    flag("--codebook", help="give SIDs from this codebook.pt to the new items in --items and append them to the "
+                            "run's catalogue; nothing that is there moves")
+    flag = parser.add_argument_group("Amazon reviews").add_argument
+    flag("--amazon", metavar="CATEGORY", help="make RUN/data from this category, as the host spells it, and read it")
+    flag("--year", type=int, choices=AMAZON, default=2018, help="release of the reviews")
+    flag("--since", type=month, metavar="YYYY-MM", help="first month, UTC")
+    flag("--until", type=month, metavar="YYYY-MM", help="the month after the last one, UTC")
+    flag("--peers", action="store_true", help="as MiniOneRec: only titles of 1 to 20 words, repeated ratings kept")
+    flag("--cache", default="~/.cache/amazon_reviews", help="folder that downloads are kept in")
+    flag("--amazon-url", default=AMAZON_URL, help="host of the dumps, or a mirror with the same paths")
+    flag = parser.add_argument_group("encoder").add_argument
+    flag("--encoder", default="lsa", help="lsa, or a Hugging Face model name or folder")
+    flag("--pooling", choices=("mean", "last"), default="mean", help="of the tokens; Qwen3-Embedding: last")
+    flag("--max-length", type=int, default=512, help="tokens that a Hugging Face encoder reads per item")
+    flag("--batch-size", type=int, default=32, help="items that a Hugging Face encoder reads at once")
+    flag("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
+    flag = parser.add_argument_group("quantizer").add_argument
+    flag("--num-levels", type=int, default=3, help="L, codes per item")
+    flag("--codebook-size", type=int, default=0,
+         help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
+    flag("--iterations", type=int, default=100, help="most Lloyd iterations per level")
+    flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
+    flag = parser.add_argument_group("samples").add_argument
+    flag("--split", choices=("official", "leave-one-out", "chronological"),
+         help="default: official where DATA/train.jsonl exists and no --interactions, else leave-one-out")
+    flag("--max-history", type=int, default=10, help="most recent items kept; STAR: 20")
+    flag("--min-count", type=int, help="drop items and users with fewer, repeatedly; 5 with --amazon, else 1")
     parser.add_argument("--seed", type=int, default=42, help="seed of the K-means and of --collision random")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    if not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0:
-        parser.error(f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0")
-    if min(args.batch_size, args.max_length, args.iterations) < 1 or args.dim < 0:
-        parser.error("--batch-size, --max-length and --iterations must be at least 1, --dim at least 0")
-    if args.codebook and not args.items:
-        parser.error("--codebook encodes new items: name their file with --items")
-    if args.codebook and args.sids:
-        parser.error("--codebook and --sids exclude each other")
+    for wrong, message in (
+            (not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0,
+             f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0"),
+            (min(args.batch_size, args.max_length, args.iterations) < 1 or args.dim < 0,
+             "--batch-size, --max-length and --iterations must be at least 1, --dim at least 0"),
+            (args.codebook and not args.items, "--codebook encodes new items: name their file with --items"),
+            (args.codebook and args.sids, "--codebook and --sids exclude each other"),
+            (args.amazon and (args.data != parser.get_default("data") or args.items or args.interactions),
+             "--amazon makes RUN/data and reads it: leave out --data, --items and --interactions"),
+            (not args.amazon and (args.since or args.until or args.peers),
+             "--since, --until and --peers choose from what --amazon downloads: name its category"),
+            ((args.since or 0) >= (args.until or math.inf), "--since must be before --until"),
+            (not args.amazon_url.startswith("http"), "--amazon-url must begin with http")):
+        if wrong:
+            parser.error(message)
+    if args.amazon:
+        args.data = str(Path(args.run) / "data")
+    args.min_count = args.min_count or (5 if args.amazon else 1)
     official = not args.interactions and (Path(args.data) / "train.jsonl").exists()
     args.split = args.split or ("official" if official else "leave-one-out")
     return args
@@ -568,6 +739,8 @@ def main() -> None:
     run = Path(args.run)
     if args.codebook:
         return append_items(args, device)
+    if args.amazon:
+        prepare_amazon(args)
 
     items = read_items(args.items or Path(args.data) / "items.jsonl")
     split, items = make_samples(args, items)

@@ -10,6 +10,7 @@ Every task is a template that turns data into (instruction, response); the loss 
     STAR     title2sid, description2sid, text2sid, name_item, describe_item, sid2text       appendix A.2.1
              retrieve, search                                           appendix A.2.3, A.2.2
     MiniOneRec   titles2sid                                             (its title history -> SID)
+    ours     sequence: a user's items, each given those before it
 
 Reads   RUN/init.pt (or --from), RUN/items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl (for TS-Align),
         queries.jsonl (for search)
@@ -22,7 +23,7 @@ Differs from the papers
   2. A response that is a text ends with EOS; one that is a SID or a SID token does not: its length is fixed.
   3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, and a tenth of
      the weight for tokens of titles and descriptions, which are more than half of all supervised tokens.
-  4. Templates are drawn anew in every epoch. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
+  4. Each example's template is drawn once, by --seed. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
 
 Examples
   python train.py                                                  # the demo, 4 minutes on two cores
@@ -61,8 +62,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 class Task(NamedTuple):
     """One task of the table: which data it reads, its templates, its response, and how the response ends."""
-    source: str                         # "samples", "items", "tokens" or "queries"
-    instructions: tuple[str, ...]       # one is drawn per example and epoch
+    source: str                         # "samples", "users", "items", "tokens" or "queries"
+    instructions: tuple[str, ...]       # one is drawn per example
     response: str
     text: bool
 
@@ -71,6 +72,7 @@ TASKS = {
     "next": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next possible "
         "item that the user may expect?",), "{sid}", SID_TASK),
+    "sequence": Task("users", ("The user has interacted with items",), "{sequence}", SID_TASK),
     "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}", SID_TASK),
     "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}", TEXT_TASK),
     "next_title": Task("samples", (
@@ -140,6 +142,8 @@ def task_fields(source: str, data: dict) -> list[dict]:
     if source == "samples":
         return [{"history": ", ".join(sid[i] for i in s["history"]), **about(s["target"]),
                  "titles": ", ".join(f'"{item[i]["title"]}"' for i in s["history"])} for s in data["samples"]]
+    if source == "users":
+        return [{"sequence": ", ".join(sid[i] for i in (*s["history"], s["target"]))} for s in data["users"]]
     if source == "items":
         return [about(i) for i in item]
     if source == "queries":
@@ -147,14 +151,20 @@ def task_fields(source: str, data: dict) -> list[dict]:
     return [{"token": row["token"], "description": row["description"]} for row in data["tokens"]]
 
 
-def task_pairs(name: str, data: dict, seed: str = "") -> list[tuple[str, str]]:
-    """(instruction, response) for every example of a task whose texts are not empty; `seed` draws the templates."""
-    task, rng, pairs = TASKS[name], random.Random(f"{seed} {name}"), []
-    for fields in task_fields(task.source, data):
+def task_rows(name: str, data: dict, seed: str = "") -> list[tuple[dict, str, str]]:
+    """(row of the source, instruction, response) for every example whose texts are not empty; `seed` draws the
+    templates."""
+    task, rng, rows = TASKS[name], random.Random(f"{seed} {name}"), []
+    for row, fields in zip(data[task.source], task_fields(task.source, data)):
         instruction = rng.choice(task.instructions)
         if all(value.strip() for key, value in fields.items() if "{" + key + "}" in instruction + task.response):
-            pairs.append((instruction.format(**fields), task.response.format(**fields)))
-    return pairs
+            rows.append((row, instruction.format(**fields), task.response.format(**fields)))
+    return rows
+
+
+def task_pairs(name: str, data: dict, seed: str = "") -> list[tuple[str, str]]:
+    """(instruction, response) for every example of a task."""
+    return [(instruction, response) for _, instruction, response in task_rows(name, data, seed)]
 
 
 def prompt_ids(tokenizer, instructions: list[str]) -> list[list[int]]:
@@ -504,33 +514,33 @@ def loss_report(sums: torch.Tensor, weights: dict[str, float]) -> dict[str, floa
     return {"loss": (weighted[:, 0].sum() / weighted[:, 1].sum()).item(), **{f"loss/{n}": x for n, x in each.items()}}
 
 
-def remaining_batches(make_examples: Callable, args: argparse.Namespace, at: Progress):
+def remaining_batches(train: list[Example], args: argparse.Namespace, at: Progress):
     """From where the run stands to its end: (batch, updates per epoch); moves `at` on before each."""
     rng = random.Random(args.seed)
     if at.order:
         rng.setstate(at.order)
     while at.epoch < args.epochs:
         at.order = rng.getstate()
-        batches = epoch_batches(make_examples(at.epoch), args.batch_size, rng)
+        batches = epoch_batches(train, args.batch_size, rng)
         for batch in batches[at.done:]:
             at.step, at.done = at.step + 1, at.done + 1
             yield batch, len(batches)
         at.epoch, at.done = at.epoch + 1, 0
 
 
-def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[Example], weights: dict[str, float],
+def fit(loss_of: ResponseLoss, optimizer, train: list[Example], valid: list[Example], weights: dict[str, float],
         args: argparse.Namespace, at: Progress, look: Callable[[], dict], save: Callable[[bool], None]) -> bool:
     """The training loop: schedule, log, validation, early stopping; False if interrupted before its end.
 
-    `make_examples(epoch)` gives an epoch's examples, `look()` the SID rows' geometry; `save(better)` keeps the run's
-    progress and, if better, the weights as the best so far.
+    `look()` gives the SID rows' geometry; `save(better)` keeps the run's progress and, if better, the weights as the
+    best so far.
     """
     device, interrupted = next(loss_of.parameters()).device, on_interrupt()
     at.sums, at.log = at.sums.to(device), at.log or [{"step": 0, **look()}]
     bar = tqdm(initial=at.step, desc=args.stage, unit="step", disable=args.rank > 0 or None)
     start, tokens, supervised = time.time(), 0, 0
     loss_of.train()
-    for batch, per_epoch in remaining_batches(make_examples, args, at):
+    for batch, per_epoch in remaining_batches(train, args, at):
         if at.bad >= args.patience:
             bar.write(f"stopped early: no better validation loss for {at.bad} evaluations")
             break
@@ -683,8 +693,9 @@ def read_data(run: Path, items: list[dict], weights: dict[str, float]) -> dict:
     """What the tasks need of the run's files, test.jsonl never among them."""
     known, sources = {item["item_id"] for item in items}, {TASKS[name].source for name in weights}
     data = {"items": items}
-    if "samples" in sources:
+    if sources & {"samples", "users"}:
         data["samples"] = read_samples(run / "train.jsonl", known)
+        data["users"] = list({s["user_id"]: s for s in data["samples"]}.values())       # each user's last sample
     if "tokens" in sources:
         data["tokens"] = read_jsonl(run / "semantics.jsonl", ("token", "description"))
     if "queries" in sources:
@@ -805,7 +816,7 @@ def main() -> None:
             write_jsonl(log_path, at.log)
         save_progress(resume_path, state, at, args)
 
-    finished = fit(loss_of, optimizer, lambda epoch: train, valid, weights, args, at, look, save)
+    finished = fit(loss_of, optimizer, train, valid, weights, args, at, look, save)
     if args.rank == 0 and finished:
         write_jsonl(log_path, at.log)
         resume_path.unlink(missing_ok=True)

@@ -124,9 +124,9 @@ def test_words_and_singular():
 
 def test_file_has_one_line_per_token_in_order_and_is_reproducible(items, tmp_path):
     write_items(tmp_path, items)
-    first = run(tmp_path, "--sample", "2", "--seed", "3")
+    first = run(tmp_path, "--sample", "2", "--seed", "3", "--queries", "3")
     assert first.returncode == 0, first.stderr
-    data = (tmp_path / "semantics.jsonl").read_bytes()
+    data, queries = (tmp_path / "semantics.jsonl").read_bytes(), (tmp_path / "queries.jsonl").read_bytes()
     rows = read_rows(tmp_path)
     clusters = stage.make_clusters(items)
     assert [row["token"] for row in rows] == list(clusters)
@@ -135,9 +135,10 @@ def test_file_has_one_line_per_token_in_order_and_is_reproducible(items, tmp_pat
         ids = [item["item_id"] for item in clusters[row["token"]]]
         assert row["n_items"] == len(ids) and row["source"] == "tfidf"
         assert len(row["sampled"]) == min(2, len(ids)) and set(row["sampled"]) <= set(ids)
-    again = run(tmp_path, "--sample", "2", "--seed", "3", "--out", str(tmp_path / "again.jsonl"),
+    again = run(tmp_path, "--sample", "2", "--seed", "3", "--queries", "3", "--out", str(tmp_path / "again.jsonl"),
                 hash_seed="1")
     assert again.returncode == 0 and (tmp_path / "again.jsonl").read_bytes() == data
+    assert (tmp_path / "queries.jsonl").read_bytes() == queries
     assert "example |" in first.stdout and "wrote" in first.stdout
 
 
