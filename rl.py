@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from evaluate import (Trie, beam_search, build_trie, expand, name_items, print_table, rank_metrics, rank_of, search_all,
+from evaluate import (Trie, beam_search, build_trie, expand, name_items, rank_metrics, rank_of, search_all,
                       tree_mask)
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
 from tokenize_items import codes_of, load_pt, read_catalogue, read_samples, stop, write_jsonl
@@ -496,8 +496,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def finish(at: Progress, origin: str, out: Path) -> None:
     """Print the start against the best validation, and what the checkpoint holds."""
     best = next(row for row in at.log if row.get("NDCG@10") == at.best)
-    print_table([{"method": f"valid, {name}", "level": "item", **row}
-                 for name, row in ((origin, at.log[0]), (out.name, best))], CUTOFFS)
+    for name, row in ((origin, at.log[0]), (out.name, best)):
+        print(f"valid | {name:<12} | {show(row, GAUGED)}")
     print(f"wrote {out}: " + (f"step {best['step']}" if best["step"] else
                               f"no step has a better validation NDCG@10, these are the weights of {origin}"))
 

@@ -317,7 +317,7 @@ def test_a_run(run, capsys):
     checkpoint = torch.load(run / "rl.pt", weights_only=True)
     assert checkpoint["stage"] == "rl" and checkpoint["metrics"]["NDCG@10"] == best["NDCG@10"]
     assert checkpoint["step"] == best["step"] and not (run / "rl_resume.pt").exists()
-    assert "valid, sft.pt" in out and "valid, rl.pt" in out and ">><" in out
+    assert "valid | sft.pt" in out and "valid | rl.pt" in out and ">><" in out
     _, _, loaded = load_model(run / "rl.pt", CPU, read_catalogue(run / "items.jsonl"))
     assert loaded["args"]["reward"] == {"hit": 1.0, "rank": 1.0, "prefix": 0.1, "semantic": 0.1}
 
