@@ -549,6 +549,8 @@ def fit(loss_of: ResponseLoss, optimizer, train: list[Example], valid: list[Exam
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(at.step - 1, steps, args)
         sums, norm = train_step(loss_of, optimizer, batch, args)
+        if not math.isfinite(norm):
+            stop(f"the gradient of step {at.step} is {norm}; choose a lower --lr")
         at.sums += sums
         tokens, supervised = (n + sum(len(e.ids) - skip * e.start for e in batch)
                               for n, skip in ((tokens, 0), (supervised, 1)))
