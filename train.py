@@ -21,8 +21,9 @@ Differs from the papers
   1. The loss is the mean over the supervised tokens of a whole batch, however it is cut into micro-batches and
      spread over processes.
   2. A response that is a text ends with EOS; one that is a SID or a SID token does not: its length is fixed.
-  3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, and a tenth of
-     the weight for tokens of titles and descriptions, which are more than half of all supervised tokens.
+  3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, a tenth of the
+     weight for tokens of titles and descriptions, which are more than half of all supervised tokens, and the task
+     `sequence`, which supervises every transition of a user at a fraction of the tokens.
   4. Each example's template is drawn once, by --seed. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
 
 Examples
@@ -118,9 +119,9 @@ STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2tex
 PRESETS = {
     "hf": dict(tasks=TS_REC, epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
                evals_per_epoch=4, max_response=256, micro_tokens=16384),
-    "tiny": dict(tasks="next,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6, lr=1.5e-3, beta2=0.95,
-                 batch_size=64, warmup=100, dropout=0.0, weight_decay=0.01, evals_per_epoch=1, max_response=128,
-                 micro_tokens=3072),
+    "tiny": dict(tasks="next,sequence:0.5,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6, lr=1.5e-3,
+                 beta2=0.95, batch_size=64, warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1,
+                 max_response=128, micro_tokens=3072),
     "align": dict(tasks=STAR_ALIGN, epochs=10, lr=1e-3, beta2=0.999, batch_size=16, weight_decay=0.0,
                   evals_per_epoch=1),
 }
@@ -548,6 +549,8 @@ def fit(loss_of: ResponseLoss, optimizer, train: list[Example], valid: list[Exam
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(at.step - 1, steps, args)
         sums, norm = train_step(loss_of, optimizer, batch, args)
+        if not math.isfinite(norm):
+            stop(f"the gradient of step {at.step} is {norm}; choose a lower --lr")
         at.sums += sums
         tokens, supervised = (n + sum(len(e.ids) - skip * e.start for e in batch)
                               for n, skip in ((tokens, 0), (supervised, 1)))

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,11 +105,14 @@ def random_model(kind: str = "qwen2", tied: bool = True, rows: int = 97, seed: i
 def call(stage, *args) -> None:
     """Run a stage's main() in this process, `call(train, "--run", run)`: a tenth of a subprocess's time."""
     argv, flash = sys.argv, torch.backends.cuda.flash_sdp_enabled()
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [f"{stage.__name__}.py", *map(str, args)]
     try:
         stage.main()
     finally:
         sys.argv = argv
+        for name, handler in handlers.items():          # Ctrl-C is pytest's again
+            signal.signal(name, handler)
         torch.backends.cuda.enable_flash_sdp(flash)
 
 

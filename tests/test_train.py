@@ -1,7 +1,9 @@
 """Stage 4: prompts, label masks, the loss against the naive one, accumulation, schedule, early stopping, errors."""
+import collections
 import json
 import math
 import random
+import re
 
 import evaluate
 import pytest
@@ -18,28 +20,55 @@ DATA = {
     "items": [{"item_id": 1, "title": "Steel rod", "description": "A long rod", "sid": ["<a_0>", "<b_1>", "<c_0>"]},
               {"item_id": "x", "title": "Blue wire", "description": "Copper", "sid": ["<a_1>", "<b_0>", "<c_1>"]}],
     "samples": [{"user_id": "u", "history": ["x", 1], "target": 1}],
-    "tokens": [{"token": "<a_1>", "description": "Wires of copper"}]}
-ITEM_1, ITEM_X = "<a_0> <b_1> <c_0>", "<a_1> <b_0> <c_1>"
-# One example per task: its tokens, those that the loss counts in brackets; / is the line break.
+    "tokens": [{"token": "<a_1>", "description": "Wires of copper"}],
+    "queries": [{"item_id": 1, "query": "a rod of steel", "split": "train"}]}
+SID, TITLE, TEXT = "<a_0> <b_1> <c_0>", "Steel rod <eos>", "A long rod <eos>"
+TWO = "<a_1><b_0><c_1>, <a_0><b_1><c_0>"
+# Every template of every task, rendered with the first example, and the tokens that the loss counts; / is a line break.
 TABLE = {
-    "next": f"The user has interacted with items {ITEM_X} , {ITEM_1} in chronological order. Can you predict the next "
-            "possible item that the user may expect? / [<a_0>] [<b_1>] [<c_0>]",
-    "title2sid": "Which item has the title: Steel rod? / [<a_0>] [<b_1>] [<c_0>]",
-    "sid2title": f'What is the title of item " {ITEM_1} "? / [Steel] [rod] [<eos>]',
-    "next_title": f"The user has sequentially interacted with items {ITEM_X} , {ITEM_1} . Can you recommend the next "
-                  "item for him? Tell me the title of the item. / [Steel] [rod] [<eos>]",
-    "next_description": f"Please review the user's historical interactions: {ITEM_X} , {ITEM_1} , and describe what "
-                        "kind of item he still needs. / [A] [long] [rod] [<eos>]",
-    "text2token": "Identify the specific SID token shared by items that exhibit the following scope and "
-                  'characteristics: "Wires of copper" / [<a_1>]',
-    "token2text": "Describe the typical scope and shared features of items associated with the token: "
-                  '" <a_1> " / [Wires] [of] [copper] [<eos>]',
+    "next": {f"The user has interacted with items {TWO} in chronological order. Can you predict the next possible item "
+             "that the user may expect?": SID},
+    "title2sid": {"Which item has the title: Steel rod?": SID},
+    "sid2title": {'What is the title of item "<a_0><b_1><c_0>"?': TITLE},
+    "next_title": {f"The user has sequentially interacted with items {TWO}. Can you recommend the next item for him? "
+                   "Tell me the title of the item.": TITLE},
+    "next_description": {f"Please review the user's historical interactions: {TWO}, and describe what kind of item he "
+                         "still needs.": TEXT},
+    "text2token": {"Identify the specific SID token shared by items that exhibit the following scope and "
+                   'characteristics: "Wires of copper"': "<a_1>"},
+    "token2text": {"Describe the typical scope and shared features of items associated with the token: "
+                   '"<a_1>"': "Wires of copper <eos>"},
+    "description2sid": {"Can you tell me what item is described as A long rod?": SID},
+    "text2sid": {"What item is called Steel rod and described as A long rod?": SID},
+    "name_item": {"Could you please tell me what item <a_0><b_1><c_0> is called?": TITLE},
+    "describe_item": {"Briefly describe item <a_0><b_1><c_0>.": TEXT},
+    "sid2text": {"What is the title and description of item <a_0><b_1><c_0>?": "Steel rod / / " + TEXT},
+    "retrieve": {
+        f"The user has interacted with items {TWO} in chronological order. Can you predict the next possible item that "
+        "the user may expect?": SID,
+        f"Based on the items that the user has interacted with: {TWO}, can you determine what item would be "
+        "recommended to the user next?": SID,
+        f"Here is the item interaction history of the user: {TWO}, what to recommend to the user next?": SID},
+    "titles2sid": {'The user has bought items with these titles, in chronological order: "Blue wire", "Steel rod". '
+                   "Which item comes next?": SID},
+    "search": {
+        "As a recommender system, you are assisting a user who expresses a desire to obtain an item with the following "
+        "characteristics: a rod of steel. Please recommend an item that meets these criteria.": SID,
+        "The user wants a new item and searches for: a rod of steel. Please select a suitable item that matches the "
+        "search intent.": SID,
+        "Based on the user's current query a rod of steel, please generate an item that matches the user's "
+        "intent.": SID},
 }
+
+
+def words_of(text: str) -> list[str]:
+    """The tokens of a text as `word_tokenizer` shall see them: SID tokens, line breaks, and words."""
+    return re.findall(r"<[abc]_\d>|\n|[^\s<>]+", text)
 
 
 def word_tokenizer(pad: str = "<pad>", template: str | None = None, bos: str | None = None):
     """A tokenizer with one id per word, whose pieces a person can read; `template` adds BOS or EOS by itself."""
-    words = sorted({w.strip("[]") for row in TABLE.values() for w in row.split()} | {"rod?", '"Wires', 'copper"'})
+    words = sorted({w for row in TABLE.values() for texts in row.items() for text in texts for w in words_of(text)})
     names = ["<pad>", "<eos>", "<s>", "<unk>", *(w for w in words if w[0] != "<"), "\n"]
     tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(names)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -56,7 +85,7 @@ def settings(**changes):
     """The arguments as main() has them for the tiny backbone, in float32, with `changes`."""
     args = stage.parse_args([])
     vars(args).update({k: v for k, v in stage.PRESETS["tiny"].items() if getattr(args, k) is None})
-    vars(args).update({"precision": "float32", **changes})
+    vars(args).update({"precision": "float32", "rank": 0, "world": 1, **changes})
     return args
 
 
@@ -85,19 +114,49 @@ def naive_losses(model, examples: list[stage.Example]) -> torch.Tensor:
 # Prompts, responses and the label mask
 # ---------------------------------------------------------------------------------------------------------
 
+def first_pairs(name: str, data: dict = DATA) -> list[tuple[str, str]]:
+    """What a task's first example becomes, by all of its templates."""
+    return sorted({stage.task_pairs(name, data, str(seed))[0] for seed in range(40)})
+
+
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_label_mask_token_by_token(pad):
     tokenizer = word_tokenizer(pad)
     assert set(TABLE) == set(stage.TASKS)                               # a new task needs a row above
-    examples = [stage.encode_examples(tokenizer, name, stage.task_pairs(name, DATA), 99)[0] for name in TABLE]
+    rows = [(name, *pair) for name in TABLE for pair in first_pairs(name)]
+    for name in TABLE:
+        assert {instruction for n, instruction, _ in rows if n == name} == set(TABLE[name])
+    examples = [stage.encode_examples(tokenizer, name, [pair], 99)[0] for name, *pair in rows]
     ids, labels = stage.collate(examples, CPU)                          # all in one batch, so most are padded
-    for row, example, expected in zip(range(len(ids)), examples, TABLE.values()):
+    for row, example, (name, instruction, _) in zip(range(len(ids)), examples, rows):
         tokens = tokenizer.convert_ids_to_tokens(ids[row, :len(example.ids)].tolist())
         counted = [False] + (labels[row] != -100).tolist()              # position t is judged on token t + 1
         shown = [f"[{token}]" if counted[t] else token for t, token in enumerate(tokens)]
-        assert " ".join(shown).replace("\n", "/") == expected
+        expected = words_of(instruction + "\n") + [f"[{token}]" for token in TABLE[name][instruction].split()]
+        assert [token.replace("\n", "/") for token in shown] == [token.replace("\n", "/") for token in expected]
         assert not any(counted[len(example.ids):])                      # and never on padding
-        assert "<unk>" not in tokens
+        assert "<unk>" not in tokens and example.task == name
+
+
+def test_templates_are_drawn_by_the_seed():
+    data = {**DATA, "samples": DATA["samples"] * 300}
+    one, again, other = (stage.task_pairs("retrieve", data, seed) for seed in ("1", "1", "2"))
+    assert one == again != other
+    counts = collections.Counter(instruction for instruction, _ in one)
+    assert set(counts) == set(TABLE["retrieve"]) and min(counts.values()) > 60
+    assert set(stage.task_pairs("next", data, "1")) == set(stage.task_pairs("next", data, "2"))
+
+
+def test_long_descriptions_are_cut_in_instructions_alone():
+    words = [f"w{n}" for n in range(stage.DESCRIPTION_WORDS + 20)]
+    data = {"items": [{**DATA["items"][0], "description": "  ".join(words)}]}
+    cut = " ".join(words[:stage.DESCRIPTION_WORDS])
+    assert stage.DESCRIPTION_WORDS == 100
+    assert stage.task_pairs("description2sid", data) == [
+        (f"Can you tell me what item is described as {cut}?", "<a_0><b_1><c_0>")]
+    assert stage.task_pairs("text2sid", data)[0][0] == f"What item is called Steel rod and described as {cut}?"
+    assert stage.task_pairs("describe_item", data)[0][1] == "  ".join(words)
+    assert stage.task_pairs("sid2text", data)[0][1] == "Steel rod\n\n" + "  ".join(words)
 
 
 def test_collate_equals_a_naive_loop():
@@ -126,7 +185,9 @@ def test_a_long_text_is_cut_without_eos_and_a_sid_never_is():
 def test_examples_without_text_are_left_out_and_braces_are_text():
     items = [{**DATA["items"][0], "title": " ", "description": ""}, {**DATA["items"][1], "title": "{sid} {x} 5%"}]
     data = {**DATA, "items": items}
-    assert [len(stage.task_pairs(name, data)) for name in TABLE] == [1, 1, 1, 0, 0, 1, 1]
+    assert [name for name in TABLE if not stage.task_pairs(name, data)] == ["next_title", "next_description"]
+    for name in ("title2sid", "sid2title", "description2sid", "text2sid", "name_item", "describe_item", "sid2text"):
+        assert len(stage.task_pairs(name, data)) == 1                   # the other item
     assert stage.task_pairs("title2sid", data) == [("Which item has the title: {sid} {x} 5%?", "<a_1><b_0><c_1>")]
     assert stage.encode_examples(word_tokenizer(), "next_title", [], 99) == []
 
@@ -217,7 +278,9 @@ def test_micro_batches_do_not_change_the_update():
     for micro_tokens in (10 ** 9, 60, 1):
         model = random_model()
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)               # Adam's first step sees only the sign
-        loss, norm = stage.train_step(model, sgd, examples, settings(micro_tokens=micro_tokens, clip=1e9))
+        args = settings(micro_tokens=micro_tokens, clip=1e9)
+        sums, norm = stage.train_step(stage.ResponseLoss(model), sgd, examples, args)
+        loss = stage.loss_report(sums, {"next": 1.0})["loss"]
         results.append((loss, norm, model.state_dict()))
     assert results[0][0] == pytest.approx(naive_losses(random_model(), examples).mean().item(), abs=1e-5)
     for loss, norm, weights in results[1:]:
@@ -226,25 +289,69 @@ def test_micro_batches_do_not_change_the_update():
             assert torch.allclose(weight, results[0][2][name], atol=1e-6), name
 
 
+def weighted_tasks(count: int = 9) -> tuple[list[stage.Example], dict[str, float]]:
+    """Ragged examples of three tasks whose tokens count 1, 1/4 and 3."""
+    weights = {"next": 1.0, "sid2title": 0.25, "search": 3.0}
+    names = list(weights)
+    return [e._replace(task=names[n % 3], weight=weights[names[n % 3]]) for n, e in enumerate(ragged(count))], weights
+
+
 def test_task_weights_by_hand():
     """A batch's loss is sum(w * nll) / sum(w) over its supervised tokens, whatever its micro-batches."""
     assert stage.parse_tasks("next,sid2title:0.25") == {"next": 1.0, "sid2title": 0.25}
-    weighted = [e._replace(weight=[1.0, 0.25, 3.0][n % 3]) for n, e in enumerate(ragged(9))]
+    examples, weights = weighted_tasks()
     total = count = 0.0
-    for e in weighted:
-        losses = naive_losses(random_model(), [e])
-        total, count = total + e.weight * losses.sum().item(), count + e.weight * len(losses)
+    each: dict[str, list] = {name: [] for name in weights}
+    naive = random_model()
+    for e in examples:
+        losses = naive_losses(naive, [e])
+        each[e.task] += losses.tolist()
+        total, count = total + e.weight * losses.sum(), count + e.weight * len(losses)
+    (total / count).backward()
     for micro_tokens in (10 ** 9, 40):
         model = random_model()
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss, _ = stage.train_step(model, sgd, weighted, settings(micro_tokens=micro_tokens, clip=1e9))
-        assert loss == pytest.approx(total / count, abs=1e-5)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        args = settings(micro_tokens=micro_tokens, clip=1e9)
+        sums, _ = stage.train_step(stage.ResponseLoss(model), sgd, examples, args)
+        report = stage.loss_report(sums, weights)
+        assert report.pop("loss") == pytest.approx((total / count).item(), abs=1e-5)
+        assert report == {f"loss/{name}": pytest.approx(sum(x) / len(x), abs=1e-5) for name, x in each.items()}
+        for p, q in zip(model.parameters(), naive.parameters()):        # and so is what trains
+            assert torch.allclose(p.grad, q.grad, atol=1e-5)
+
+
+def test_loss_report_by_hand():
+    sums = torch.zeros(len(stage.TASKS), 2)
+    sums[list(stage.TASKS).index("next")] = torch.tensor([6.0, 3.0])
+    sums[list(stage.TASKS).index("search")] = torch.tensor([10.0, 2.0])
+    before = sums.clone()
+    assert stage.loss_report(sums, {"next": 1.0, "search": 0.5}) == {
+        "loss": (6 + 0.5 * 10) / (3 + 0.5 * 2), "loss/next": 2.0, "loss/search": 5.0}
+    assert torch.equal(sums, before)
+
+
+@pytest.mark.parametrize("count", [9, 1])
+def test_processes_share_a_step(count):
+    """What two processes compute one after the other: gradients average, sums add up, to those of one."""
+    examples, weights = weighted_tasks(count)
+
+    def step(**changes) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model = random_model()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        sums, _ = stage.train_step(stage.ResponseLoss(model), sgd, examples, settings(clip=1e9, **changes))
+        return sums, [p.grad for p in model.parameters()]
+    sums, gradients = step()
+    for micro_tokens in (10 ** 9, 40):
+        shares = [step(rank=rank, world=2, micro_tokens=micro_tokens) for rank in range(2)]
+        assert torch.allclose(shares[0][0] + shares[1][0], sums, atol=1e-4)
+        for whole, one, two in zip(gradients, *(share[1] for share in shares)):
+            assert torch.allclose((one + two) / 2, whole, atol=1e-5)
 
 
 def test_gradients_are_clipped():
     model, before = random_model(), random_model()
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-    _, norm = stage.train_step(model, sgd, ragged(), settings(clip=0.01))
+    _, norm = stage.train_step(stage.ResponseLoss(model), sgd, ragged(), settings(clip=0.01))
     moved = sum(((p - q) ** 2).sum() for p, q in zip(model.parameters(), before.parameters())) ** 0.5
     assert norm > 0.1 and float(moved.detach()) == pytest.approx(0.01, rel=1e-3)
 
@@ -253,9 +360,10 @@ def test_validation_loss_is_the_mean_over_tokens():
     model, examples = random_model(), ragged(12)
     expected = naive_losses(model, examples).mean().item()
     for micro_tokens in (10 ** 9, 40):
-        value = stage.validation_loss(model, examples, settings(micro_tokens=micro_tokens))
+        loss_of = stage.ResponseLoss(model)
+        value = stage.validation_loss(loss_of, examples, settings(micro_tokens=micro_tokens))
         assert value == pytest.approx(expected, abs=1e-5)
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert loss_of.training and model.training and all(p.grad is None for p in model.parameters())
 
 
 def test_weight_decay_is_for_matrices_only():
@@ -263,6 +371,18 @@ def test_weight_decay_is_for_matrices_only():
     groups = stage.make_optimizer(model, settings(weight_decay=0.3)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {id(p): 0.3 if p.dim() > 1 else 0.0 for p in model.parameters()}
+    for changes in ({"stage": "align"}, {"lora": 4}):                   # it would move the rows that are masked
+        groups = stage.make_optimizer(model, settings(weight_decay=0.3, **changes)).param_groups
+        assert {group["weight_decay"] for group in groups} == {0.0}
+
+
+def test_gradient_checkpointing_changes_memory_alone():
+    plain, model, batch = random_model(), random_model(), stage.collate(ragged(), CPU)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for m in (plain, model.train()):
+        stage.response_loss(m, *batch).mean().backward()
+    for p, q in zip(plain.parameters(), model.parameters()):
+        assert torch.equal(p.grad, q.grad)
 
 
 def test_dropout_changes_nothing_but_training():
@@ -294,6 +414,24 @@ def test_micro_batches_cover_all_and_respect_the_limit():
     assert len(stage.micro_batches(examples[:50], 10 ** 6)) == 1
 
 
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_processes_share_a_batch(world):
+    """Together the whole batch exactly once, and every process as many pieces; what fills up weighs nothing."""
+    for examples in (ragged(50), ragged(5), ragged(1), ragged(20) + [stage.Example("next", [1] * 200, 190)]):
+        for limit in (1, 64, 10 ** 6):
+            shares = [stage.micro_batches(examples, limit, rank, world) for rank in range(world)]
+            pieces = [piece for share in shares for piece in share]
+            live = [piece for piece in pieces if any(e.weight for e in piece)]
+            assert sorted(e for piece in live for e in piece) == sorted(examples)
+            assert len({len(share) for share in shares}) == 1 and len(pieces) - len(live) < world
+            assert all(len(piece) == 1 for piece in pieces if piece not in live)
+            for piece in live:
+                assert len(piece) == 1 or len(piece) * max(len(e.ids) for e in piece) <= limit
+    alike = [stage.Example("next", [n] * 9, 6) for n in range(3 * world)]
+    shares = [stage.micro_batches(alike, 10 ** 6, rank, world) for rank in range(world)]
+    assert [[len(piece) for piece in share] for share in shares] == [[3]] * world       # nobody idles
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
 def test_epoch_batches_cover_all_by_seed(batch_size):
     examples = ragged(150)
@@ -316,14 +454,72 @@ def test_learning_rate_warms_up_peaks_and_ends_at_nothing():
     assert stage.learning_rate(4, 5, settings(lr=2.0, warmup=50)) == pytest.approx(0.2)
 
 
-def scripted_fit(monkeypatch, losses: list[float], **changes) -> tuple[list[tuple], list[dict], int]:
-    """Run fit() with scripted validation losses and no training; what was saved, the log, evaluations held."""
-    losses, saved, log, left = iter(losses), [], [], len(losses)
+@pytest.mark.parametrize("kind", ["random", "collapsed"])
+def test_geometry_equals_brute_force(kind):
+    rng, g = random.Random(0), torch.Generator().manual_seed(1)
+    items = [{"sid": [f"<{level}_{rng.randrange(5)}>" for level in "abc"]} for _ in range(40)]
+    parents = stage.find_parents(items)
+    assert len(parents) == 15
+    for token, above in parents.items():
+        level = "abc".index(token[1])
+        assert above == {tuple(item["sid"][:level]) for item in items if item["sid"][level] == token}
+    rows = torch.randn(len(parents), 6, generator=g)
+    if kind == "collapsed":
+        rows = torch.ones_like(rows) + 1e-4 * rows
+    found = stage.geometry(rows.requires_grad_(), list(parents.values()))
+    rows, names = rows.detach().double(), list(parents)
+
+    singular = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0).sqrt()
+    share = [float(x / singular.sum()) for x in singular if x > 0]
+    assert found["effective_rank"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in share)), rel=1e-3)
+    cosine = [[float(x @ y / x.norm() / y.norm()) for y in rows] for x in rows]
+    pairs = [cosine[i][j] for i in range(15) for j in range(15) if i != j]
+    assert found["cosine"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+    if kind == "collapsed":
+        assert found["effective_rank"] < 1.01 and found["cosine"] > 0.9999
+        return
+    hits = [bool(parents[names[max((j for j in range(15) if j != i), key=lambda j: cosine[i][j])]] & parents[names[i]])
+            for i in range(15) if names[i][1] != "a"]
+    assert found["siblings"] == pytest.approx(sum(hits) / len(hits)) and 0 < sum(hits) < len(hits)
+
+
+def test_align_holds_out_other_items_of_each_task():
+    names = stage.STAR_ALIGN.split(",")
+    tasks = {name: [stage.Example(name, [n], 0) for n in range(45)] for name in names}
+    train, valid = stage.split_examples(None, tasks, None, [], settings(stage="align"))
+    assert sorted(train + valid) == sorted(e for examples in tasks.values() for e in examples)
+    held = {name: [e.ids[0] for e in valid if e.task == name] for name in names}
+    assert held == {name: [n for n in range(45) if n % 20 == t] for t, name in enumerate(names)}
+    everything = sum(held.values(), [])
+    assert len(everything) == len(set(everything)) == 17
+
+
+GEOMETRY = {"effective_rank": 2.0, "cosine": 0.5, "siblings": 0.25}
+
+
+def scripted_fit(monkeypatch, losses: list[float], leave_at: int = 0, **changes) -> tuple[list[tuple], list[dict], int]:
+    """Run fit() with scripted validation losses and no training; what was saved as best, the log, evaluations held."""
+    losses, saved, at, left, steps = iter(losses), [], stage.Progress(), len(losses), []
+    sums = torch.zeros(len(stage.TASKS), 2)
+    sums[list(stage.TASKS).index("next")] = torch.tensor([6.0, 4.0])
     monkeypatch.setattr(stage, "validation_loss", lambda *_: next(losses))
-    monkeypatch.setattr(stage, "train_step", lambda *_: (1.5, 0.5))
-    args = settings(**{"batch_size": 4, "log_every": 10 ** 6, **changes})
-    stage.fit(random_model(), ragged(20), ragged(3), args, lambda *a: saved.append(a), log)
-    return saved, log, left - len(list(losses))
+    monkeypatch.setattr(stage, "train_step", lambda *_: steps.append(at.step) or (sums, 0.5))
+    monkeypatch.setattr(stage, "on_interrupt", lambda: lambda device: at.step == leave_at)
+    args = settings(**{"batch_size": 4, "log_every": 10 ** 6, "save_every": 10 ** 6, **changes})
+    saves = []
+
+    def save(better: bool) -> None:
+        saves.append(at.step)
+        if better:
+            saved.append((at.step, {"valid_loss": at.best}))
+    finished = stage.fit(stage.ResponseLoss(random_model()), torch.optim.SGD([torch.zeros(1)]), ragged(20),
+                         ragged(3), {"next": 1.0}, args, at, lambda: GEOMETRY, save)
+    assert finished == (not leave_at) and steps == list(range(1, len(steps) + 1))
+    assert at.log[0] == {"step": 0, **GEOMETRY}
+    expected = [row["step"] for row in at.log[1:] if "valid_loss" in row]
+    every = [n for n in steps if n % args.save_every == 0]
+    assert saves == sorted({*expected, *every, *([leave_at] if leave_at else [])})
+    return saved, at.log[1:], left - len(list(losses))
 
 
 def test_stops_after_patience_and_keeps_the_best(monkeypatch, capsys):
@@ -346,8 +542,16 @@ def test_log_rows_follow_the_schedule(monkeypatch):
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
     assert [row["lr"] for row in rows] == [
         stage.learning_rate(row["step"] - 1, 10, settings(**changes)) for row in rows]
-    assert all(row["loss"] == 1.5 and row["grad_norm"] == 0.5 for row in rows)
+    assert all(row["loss"] == row["loss/next"] == 1.5 and row["grad_norm"] == 0.5 for row in rows)
+    assert all(GEOMETRY.items() <= row.items() for row in rows)
     assert [row["step"] for row in log if "valid_loss" in row] == [5, 10]
+
+
+def test_saves_as_often_as_told_and_when_interrupted(monkeypatch):
+    scripted_fit(monkeypatch, [2, 1], epochs=2, save_every=3)                   # 3, 5, 6, 9, 10: asserted within
+    for step in (4, 5, 10):
+        saved, log, held = scripted_fit(monkeypatch, [2, 1], leave_at=step, epochs=2)
+        assert held == len(saved) == step // 5 and len(log) == held
 
 
 def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, capsys):
@@ -355,13 +559,13 @@ def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, capsys):
 
 
 def test_learns_eight_examples_by_heart():
-    model = random_model().train()
+    loss_of = stage.ResponseLoss(random_model()).train()
     examples, args = ragged(8, seed=4), settings(lr=1e-2, weight_decay=0.0)
-    optimizer = stage.make_optimizer(model, args)
-    first = stage.validation_loss(model, examples, args)
+    optimizer = stage.make_optimizer(loss_of.model, args)
+    first = stage.validation_loss(loss_of, examples, args)
     for _ in range(120):
-        stage.train_step(model, optimizer, examples, args)
-    assert stage.validation_loss(model, examples, args) < 0.1 < 3 < first
+        stage.train_step(loss_of, optimizer, examples, args)
+    assert stage.validation_loss(loss_of, examples, args) < 0.1 < 3 < first
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -386,8 +590,12 @@ def test_same_seed_same_weights_bit_for_bit(run, capsys):
                 "lr": stage.PRESETS["tiny"]["lr"], "dropout": stage.PRESETS["tiny"]["dropout"]}
     assert expected.items() <= one["args"].items() and one["stage"] == "sft"
     rows = [json.loads(line) for line in (run / "one_log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 9))           # 120 samples, 16 a step
-    assert all({"step", "loss", "lr", "tokens_per_second"} <= row.keys() for row in rows)
+    assert [row["step"] for row in rows] == list(range(9))              # 120 samples, 16 a step
+    shape = {"effective_rank", "cosine", "siblings"}
+    assert rows[0].keys() == {"step"} | shape
+    assert all({"step", "loss", "loss/next", "lr", "grad_norm", "tokens_per_second", "supervised_per_second"} | shape
+               <= row.keys() for row in rows[1:])
+    assert all(row["loss"] == row["loss/next"] for row in rows[1:])
     assert one["metrics"]["valid_loss"] == rows[-1]["valid_loss"] and one["step"] == 8
     out = capsys.readouterr().out
     assert ">>" in out and "<<" in out and "device cpu" in out and "8 updates" in out
@@ -395,8 +603,10 @@ def test_same_seed_same_weights_bit_for_bit(run, capsys):
     items = tokenize_items.read_catalogue(run / "items.jsonl")
     model, tokenizer, _ = load_model(run / "one.pt", CPU, items)        # the figure is the saved weights' own
     known = {item["item_id"] for item in items}
-    pairs = stage.task_pairs("next", {"items": items, "samples": tokenize_items.read_samples(run / "valid.jsonl", known)})
-    loss = stage.validation_loss(model, stage.encode_examples(tokenizer, "next", pairs, 99), settings(precision="fast"))
+    samples = tokenize_items.read_samples(run / "valid.jsonl", known)
+    pairs = stage.task_pairs("next", {"items": items, "samples": samples})
+    valid = stage.encode_examples(tokenizer, "next", pairs, 99)
+    loss = stage.validation_loss(stage.ResponseLoss(model), valid, settings(precision="fast"))
     assert loss == pytest.approx(rows[-1]["valid_loss"], rel=1e-3)
 
 
@@ -404,7 +614,9 @@ def test_sft_of_the_pipeline(finished_run):
     checkpoint = torch.load(finished_run / "sft.pt", weights_only=True)
     assert checkpoint["stage"] == "sft" and checkpoint["args"]["tasks"] == stage.PRESETS["tiny"]["tasks"]
     rows = [json.loads(line) for line in (finished_run / "sft_log.jsonl").read_text().splitlines()]
-    assert min(row["valid_loss"] for row in rows) == checkpoint["metrics"]["valid_loss"]
+    losses = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    assert min(losses) == checkpoint["metrics"]["valid_loss"] and len(losses) == 2
+    assert not list(finished_run.glob("*_resume.pt"))
 
 
 def test_goes_on_from_a_checkpoint_and_after_new_items(run, tmp_path):
@@ -462,16 +674,49 @@ def test_as_a_user_sees_it(tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--no-such-flag"], ["--precision", "half"], ["--epochs", "0"], ["--batch-size", "0"], ["--evals-per-epoch", "0"],
     ["--log-every", "0"], ["--patience", "0"], ["--max-response", "0"], ["--micro-tokens", "0"], ["--dropout", "1"],
-    ["--tasks", "nxt"], ["--tasks", "next:0"], ["--tasks", "next:-1"], ["--tasks", "next:x"], ["--tasks", "next:inf"]])
+    ["--tasks", "nxt"], ["--tasks", "next:0"], ["--tasks", "next:-1"], ["--tasks", "next:x"], ["--tasks", "next:inf"],
+    ["--stage", "both"], ["--save-every", "0"], ["--lora", "-1"], ["--lora", "2", "--lora-dropout", "1"],
+    ["--lora-dropout", "-0.1"], ["--stage", "align", "--lora", "2"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)
     assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-def test_presets_set_what_the_flags_leave_open():
+@pytest.mark.parametrize("torchrun, flags, word", [
+    (False, [], "torchrun"), (True, ["--lora", "2"], "exclude"), (True, ["--stage", "align"], "exclude")])
+def test_shards_need_several_processes_and_all_weights(torchrun, flags, word, monkeypatch, capsys):
+    if torchrun:
+        monkeypatch.setenv("RANK", "0")
+        assert stage.parse_args(["--fsdp"]).fsdp
+    with pytest.raises(SystemExit) as stopped:
+        stage.parse_args(["--fsdp", *flags])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and "error: " in line and "--fsdp" in line and word in line
+
+
+def test_presets_set_what_the_flags_leave_open(tmp_path):
     open_flags = {k for k, v in vars(stage.parse_args([])).items() if v is None} - {"start", "out"}
-    for name, preset in stage.PRESETS.items():
-        assert open_flags <= set(preset), name
-        assert set(stage.parse_tasks(preset["tasks"])) <= set(stage.TASKS)
-    assert stage.parse_args(["--lr", "7"]).lr == 7
+    for backbone in ("tiny", "Qwen/Qwen2.5-1.5B"):
+        for name in ("sft", "align"):
+            args = stage.parse_args(["--run", str(tmp_path), "--stage", name])
+            weights = stage.fill_in(args, backbone)
+            preset = stage.PRESETS["tiny" if backbone == "tiny" else "hf"]
+            preset = preset | stage.PRESETS["align"] if name == "align" else preset
+            assert {key: getattr(args, key) for key in open_flags} == preset and args.backbone == backbone
+            assert set(weights) <= set(stage.TASKS) and weights == stage.parse_tasks(preset["tasks"])
+    assert (args.epochs, args.lr, args.batch_size, args.weight_decay) == (10, 1e-3, 16, 0)       # STAR, A.4
+    assert set(weights) == {"title2sid", "description2sid", "text2sid", "name_item", "describe_item", "sid2text"}
+    args = stage.parse_args(["--run", str(tmp_path), "--lr", "7", "--tasks", "next"])
+    assert stage.fill_in(args, "tiny") == {"next": 1.0} and args.lr == 7
+
+
+def test_queries_bring_the_search_task_with_them(run, capsys):
+    rows = [{"item_id": 3, "query": "a rope", "split": "train"}, {"item_id": 4, "query": "a beaker", "split": "test"}]
+    write_lines(run / "queries.jsonl", rows)
+    items = tokenize_items.read_catalogue(run / "items.jsonl")
+    weights = stage.fill_in(stage.parse_args(["--run", str(run)]), "tiny")
+    assert weights["search"] == 1 and stage.read_data(run, items, weights)["queries"] == rows[:1]
+    assert "search" not in stage.fill_in(stage.parse_args(["--run", str(run), "--stage", "align"]), "tiny")
+    write_lines(run / "queries.jsonl", [*rows, {"item_id": 777, "query": "a rope", "split": "train"}])
+    assert_stops(capsys, stage.read_data, run, items, weights, words=("queries.jsonl, line 3", "777"))
