@@ -350,6 +350,8 @@ def fit(model, reference, optimizer, shop: Shop, train: list[Example], at: Progr
         mine = [train[r] for r in rows[args.rank::args.world]]
         groups, drawn = roll_out(model, shop, mine, noise, args)
         learnt = update(model, reference, optimizer, shop, groups, len(rows), args)
+        if not learnt.isfinite().all():
+            stop(f"the gradient of step {at.step + 1} is no number; choose a lower --lr")
         took = torch.tensor([1, time.time() - start], device=device)
         at.sums += torch.cat([drawn, learnt[:2], torch.cat([learnt[2:], took]) / args.world])  # all saw the same norm
         at.step, row, better = at.step + 1, {"step": at.step + 1}, False

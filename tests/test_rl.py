@@ -416,6 +416,11 @@ def test_bad_input_is_one_line(run, capsys):
     assert (run / "sft.pt").read_bytes() == before and not (run / "rl.pt").exists()
 
 
+def test_a_gradient_that_is_no_number_is_one_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(stage, "policy_loss", lambda log_probs, *_: [log_probs.mean((1, 2)) * math.nan] * 3)
+    assert_stops(capsys, call, stage, "--run", run, *QUICK, words=("step 1", "--lr"))
+
+
 def test_as_a_user_sees_it(tmp_path):
     assert_one_line_error(run_script("rl.py", "--run", tmp_path / "none"), "items.jsonl", "cannot be read")
 
