@@ -731,8 +731,11 @@ def resume(path: Path, loss_of: ResponseLoss, optimizer, args: argparse.Namespac
     saved = load_pt(path, ("weights", "optimizer", "random", "args", "progress"))
     for key, value in saved["args"].items():
         if getattr(args, key, None) != value:
-            stop(f"{path} is of a run with --{key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
+            stop(f"{path} is of a run with {key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
                  "same flags, or leave out --resume")
+    here, there = ({n: w.shape for n, w in weights.items()} for weights in (loss_of.model.state_dict(), saved["weights"]))
+    if here != there:
+        stop(f"{path} is of a run with another backbone; leave out --resume")
     set_state_dict(loss_of.model, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     set_random_states(saved["random"][args.rank])
@@ -762,6 +765,7 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
     weights = fill_in(args, checkpoint["args"].get("backbone"))
     sid, parents = checkpoint["sid"], find_parents(items)
+    args.catalogue = sid["digest"]                                  # --resume goes on with no other
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
 
     tasks = encode_tasks(tokenizer, read_data(run, items, weights), weights, args)
