@@ -379,6 +379,9 @@ class ResponseLoss(torch.nn.Module):
 def spread(model, world: int, fsdp: bool) -> torch.nn.Module:
     """The loss as a module over all processes: replicated, or (FSDP) every layer's weights cut into shards."""
     loss = ResponseLoss(model)
+    used = {id(p) for p in model.base_model.parameters()} | {id(model.get_output_embeddings().weight)}
+    for p in model.parameters():                        # BERT's head has more, left out here: DDP would wait for it
+        p.requires_grad_(p.requires_grad and id(p) in used)
     if fsdp:
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(model.device.type, (world,))
