@@ -820,7 +820,8 @@ def main() -> None:
         resume_path.unlink(missing_ok=True)
     print(f"wrote {out}, {log_path}" if finished else f"stopped after update {at.step}: go on with --resume")
     if args.world > 1:
-        dist.destroy_process_group()
+        dist.barrier()                                  # gloo's threads still need the GIL to let go of tensors, which
+        dist.destroy_process_group()                    # this call holds while it waits for them
     if not finished:
         sys.exit(130)
 
