@@ -736,8 +736,8 @@ def resume(path: Path, loss_of: ResponseLoss, optimizer, args: argparse.Namespac
         if getattr(args, key, None) != value:
             stop(f"{path} is of a run with {key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
                  "same flags, or leave out --resume")
-    here, there = ({n: w.shape for n, w in weights.items()} for weights in (loss_of.model.state_dict(), saved["weights"]))
-    if here != there:
+    here = {name: weight.shape for name, weight in loss_of.model.state_dict().items()}
+    if here != {name: weight.shape for name, weight in saved["weights"].items()}:
         stop(f"{path} is of a run with another backbone; leave out --resume")
     set_state_dict(loss_of.model, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=StateDictOptions(full_state_dict=True))
@@ -792,7 +792,8 @@ def main() -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"device {device} x {args.world} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
           f"{trained / 1e6:.2f} M with a gradient | {len(train)} examples, {len(valid)} for validation | "
-          f"lr {args.lr} | {args.epochs} epochs of {math.ceil(len(train) / args.batch_size)} updates of {args.batch_size}")
+          f"lr {args.lr} | {args.epochs} epochs of {math.ceil(len(train) / args.batch_size)} updates of "
+          f"{args.batch_size}")
 
     out = Path(args.out or run / f"{args.stage}.pt")
     log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
