@@ -390,6 +390,9 @@ class ResponseLoss(torch.nn.Module):
 def spread(model, world: int, fsdp: bool) -> torch.nn.Module:
     """The loss as a module over all processes: replicated, or (FSDP) every layer's weights cut into shards."""
     loss = ResponseLoss(model)
+    used = {id(p) for p in model.base_model.parameters()} | {id(model.get_output_embeddings().weight)}
+    for p in model.parameters():                        # BERT's head has more, left out here: DDP would wait for it
+        p.requires_grad_(p.requires_grad and id(p) in used)
     if fsdp:
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(model.device.type, (world,))
@@ -743,8 +746,11 @@ def resume(path: Path, loss_of: ResponseLoss, optimizer, args: argparse.Namespac
     saved = load_pt(path, ("weights", "optimizer", "random", "args", "progress"))
     for key, value in saved["args"].items():
         if getattr(args, key, None) != value:
-            stop(f"{path} is of a run with --{key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
+            stop(f"{path} is of a run with {key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
                  "same flags, or leave out --resume")
+    here = {name: weight.shape for name, weight in loss_of.model.state_dict().items()}
+    if here != {name: weight.shape for name, weight in saved["weights"].items()}:
+        stop(f"{path} is of a run with another backbone; leave out --resume")
     set_state_dict(loss_of.model, optimizer, model_state_dict=saved["weights"],
                    optim_state_dict=saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     set_random_states(saved["random"][args.rank])
@@ -774,6 +780,7 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
     weights = fill_in(args, checkpoint["args"].get("backbone"))
     sid, parents = checkpoint["sid"], find_parents(items)
+    args.catalogue = sid["digest"]                                  # --resume goes on with no other
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
 
     tasks = encode_tasks(tokenizer, read_data(run, items, weights), weights, args)
@@ -797,7 +804,8 @@ def main() -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"device {device} x {args.world} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
           f"{trained / 1e6:.2f} M with a gradient | {len(train)} examples, {len(valid)} for validation | "
-          f"lr {args.lr} | {args.epochs} epochs of {math.ceil(len(train) / args.batch_size)} updates of {args.batch_size}")
+          f"lr {args.lr} | {args.epochs} epochs of {math.ceil(len(train) / args.batch_size)} updates of "
+          f"{args.batch_size}")
 
     out = Path(args.out or run / f"{args.stage}.pt")
     log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
@@ -825,7 +833,8 @@ def main() -> None:
         resume_path.unlink(missing_ok=True)
     print(f"wrote {out}, {log_path}" if finished else f"stopped after update {at.step}: go on with --resume")
     if args.world > 1:
-        dist.destroy_process_group()
+        dist.barrier()                                  # gloo's threads still need the GIL to let go of tensors, which
+        dist.destroy_process_group()                    # this call holds while it waits for them
     if not finished:
         sys.exit(130)
 
