@@ -28,7 +28,7 @@ Differs from the papers
 
 Examples
   python train.py                                                  # the demo, 4 minutes on two cores
-  python train.py --stage align && python train.py --from runs/demo/align.pt                # STAR
+  python train.py --stage align                                    # STAR, then: --from runs/demo/align.pt
   python train.py --tasks next,title2sid,sid2title                 # LC-Rec style: no TS-Align
   torchrun --nproc-per-node 8 -- train.py --run runs/qwen          # Qwen2.5-1.5B on GPUs: the paper's settings
 """
