@@ -43,7 +43,7 @@ from tqdm import tqdm
 from init_embeddings import autocast, load_model, sid_token_ids
 from tokenize_items import (codes_of, parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples, stop,
                             write_jsonl)
-from train import TASKS, check_lengths, length_batches, prompt_ids, read_queries, task_rows
+from train import TASKS, check_lengths, length_batches, prompt_ids, read_queries, recommends_by, task_rows
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
 # node, N items, D width.
@@ -379,7 +379,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--run", default="runs/demo", help="folder of the run")
     files.add_argument("--checkpoint", help="instead of RUN/sft.pt")
-    files.add_argument("--task", choices=sorted(TASKS.keys() - {"sequence"}), default="next", help="what is asked; see train.py's table")
+    files.add_argument("--task", choices=[name for name, task in TASKS.items() if task.source != "users"],
+                       help="what is asked, see train.py; default: what the checkpoint was trained to recommend by")
     files.add_argument("--split", choices=("test", "valid"), default="test", help="which samples to rank")
     files.add_argument("--metrics", help="instead of RUN/metrics.jsonl")
     files.add_argument("--predictions", help="instead of RUN/predictions.jsonl")
@@ -398,7 +399,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     show.add_argument("--history", help="comma-separated item_ids: print ten recommendations and stop")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    if args.history and TASKS[args.task].source != "samples":
+    if args.history and args.task and TASKS[args.task].source != "samples":
         parser.error(f"--history asks for the next item; --task {args.task} reads none")
     if args.num_beams is not None and args.num_beams < 1 or args.batch_tokens < 1 or args.limit < 0:
         parser.error("--num-beams and --batch-tokens must be at least 1, --limit at least 0")
@@ -521,12 +522,14 @@ def evaluate_items(model, tokenizer, sid: dict, items: list[dict], prompts: list
 
 def main() -> None:
     args = parse_args()
-    device, task = pick_device(args.device), TASKS[args.task]
+    device = pick_device(args.device)
     items = read_catalogue(Path(args.run) / "items.jsonl")
     path = Path(args.checkpoint or Path(args.run) / "sft.pt")
     model, tokenizer, checkpoint = load_model(path, device, items)
     if device.type == "cuda":
         model.to(torch.bfloat16)                                        # scores are still computed in float32
+    args.task = args.task or recommends_by(checkpoint["args"].get("tasks") or "next")
+    task = TASKS[args.task]
     args.num_beams = args.num_beams or (20 if task.source in ("samples", "queries") else 5)
     samples, instructions, responses = read_examples(args, items)
     prompts = prompt_ids(tokenizer, instructions)

@@ -49,7 +49,7 @@ from evaluate import (Trie, beam_search, build_trie, expand, name_items, rank_me
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
 from tokenize_items import codes_of, load_pt, read_catalogue, read_samples, stop, write_jsonl
 from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, join_processes, learning_rate, length_batches,
-                   on_interrupt, prompt_ids, read_data, resume, save_progress, task_pairs)
+                   on_interrupt, prompt_ids, read_data, recommends_by, resume, save_progress, task_pairs)
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts of a prompt, L levels, K codes per level, M most
 # children of a node, N items, D width.
@@ -418,7 +418,7 @@ def read_valid(tokenizer, items: list[dict], args: argparse.Namespace) -> tuple[
     if 0 < args.eval_users < len(samples):
         samples = random.Random(args.seed).sample(samples, args.eval_users)
     samples = samples[args.rank::args.world]
-    pairs = task_pairs("next", {"items": items, "samples": samples})
+    pairs = task_pairs(recommends_by(args.tasks), {"items": items, "samples": samples})
     return prompt_ids(tokenizer, [prompt for prompt, _ in pairs]), [s["target"] for s in samples]
 
 
@@ -436,13 +436,13 @@ def parse_rewards(text: str) -> dict[str, float]:
     return mix
 
 
-def parse_sid_tasks(text: str) -> list[str]:
-    """Read names of tasks whose response is an item's SID."""
+def parse_sid_tasks(text: str) -> str:
+    """Check names of tasks whose response is an item's SID."""
     known = [name for name, task in TASKS.items() if task.response == "{sid}"]
     for name in text.split(","):
         if name not in known:
             raise argparse.ArgumentTypeError(f"{name!r} does not ask for an item's SID; choose from {', '.join(known)}")
-    return text.split(",")
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -458,7 +458,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--out", help="instead of RUN/rl.pt")
     files.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same flags stopped")
     method = parser.add_argument_group("method")
-    method.add_argument("--tasks", type=parse_sid_tasks, default="next", help="prompts, tasks that ask for a SID")
+    method.add_argument("--tasks", type=parse_sid_tasks,
+                        help="prompts, tasks that ask for a SID; default: what the checkpoint recommends by")
     method.add_argument("--reward", type=parse_rewards, default="hit:1", help=f"mix of {', '.join(REWARDS)}")
     method.add_argument("--rollout", choices=("sample", "beam"), default="sample",
                         help="G distinct SIDs: drawn without replacement, or the best beams")
@@ -518,7 +519,9 @@ def main() -> None:
         if getattr(args, key) is None:
             setattr(args, key, value)
     shop = make_shop(items, tokenizer, sid, run / "codebook.pt" if "semantic" in args.reward else None, device)
-    train = read_prompts(tokenizer, args.tasks, read_data(run, items, args.tasks), shop.trie)
+    args.tasks = args.tasks or recommends_by(checkpoint["args"].get("tasks") or "next")
+    names = args.tasks.split(",")
+    train = read_prompts(tokenizer, names, read_data(run, items, names), shop.trie)
     prompts, targets = read_valid(tokenizer, items, args)
     longest = max(map(len, [*prompts, *(e.prompt for e in train)]))
     check_lengths(longest + sid["num_levels"] - 1, model, "lower --max-history in stage 1")

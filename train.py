@@ -10,7 +10,7 @@ Every task is a template that turns data into (instruction, response); the loss 
     STAR     title2sid, description2sid, text2sid, name_item, describe_item, sid2text       appendix A.2.1
              retrieve, search                                           appendix A.2.3, A.2.2
     MiniOneRec   titles2sid                                             (its title history -> SID)
-    ours     sequence: a user's items, each given those before it
+    ours     next_brief; sequence: a user's items, each given those before it; basket: the same items shuffled
 
 Reads   RUN/init.pt (or --from), RUN/items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl (for TS-Align),
         queries.jsonl (for search)
@@ -22,9 +22,11 @@ Differs from the papers
      spread over processes.
   2. A response that is a text ends with EOS; one that is a SID or a SID token does not: its length is fixed.
   3. The tiny backbone has settings of its own (PRESETS): smaller batches, a higher learning rate, a tenth of the
-     weight for tokens of titles and descriptions, which are more than half of all supervised tokens, and the task
-     `sequence`, which supervises every transition of a user at a fraction of the tokens.
-  4. Each example's template is drawn once, by --seed. Descriptions inside instructions are cut to DESCRIPTION_WORDS.
+     weight for tokens of titles and descriptions, which are more than half of all supervised tokens, a prompt of
+     half the length, and two tasks that ask for all items of a user at once: every transition is supervised at a
+     fraction of the tokens (`sequence`), and what goes together is learnt in any order (`basket`).
+  4. Each example's template is drawn once, by --seed; baskets are shuffled anew in every epoch. Descriptions inside
+     instructions are cut to DESCRIPTION_WORDS.
 
 Examples
   python train.py                                                  # the demo, 4 minutes on two cores
@@ -73,7 +75,9 @@ TASKS = {
     "next": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next possible "
         "item that the user may expect?",), "{sid}", SID_TASK),
+    "next_brief": Task("samples", ("The user has interacted with items {history}",), "{sid}", SID_TASK),
     "sequence": Task("users", ("The user has interacted with items",), "{sequence}", SID_TASK),
+    "basket": Task("users", ("The user has interacted with items, in any order",), "{basket}", SID_TASK),
     "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}", SID_TASK),
     "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}", TEXT_TASK),
     "next_title": Task("samples", (
@@ -119,8 +123,8 @@ STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2tex
 PRESETS = {
     "hf": dict(tasks=TS_REC, epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
                evals_per_epoch=4, max_response=256, micro_tokens=16384),
-    "tiny": dict(tasks="next,sequence:0.5,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6, lr=1.5e-3,
-                 beta2=0.95, batch_size=64, warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1,
+    "tiny": dict(tasks="next_brief,sequence:0.5,basket:0.5,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6,
+                 lr=1.5e-3, beta2=0.95, batch_size=64, warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1,
                  max_response=128, micro_tokens=3072),
     "align": dict(tasks=STAR_ALIGN, epochs=10, lr=1e-3, beta2=0.999, batch_size=16, weight_decay=0.0,
                   evals_per_epoch=1),
@@ -131,8 +135,14 @@ PRESETS = {
 # Prompts and examples: used by training, evaluation and RL alike
 # ---------------------------------------------------------------------------------------------------------
 
-def task_fields(source: str, data: dict) -> list[dict]:
-    """The values that a task's templates take, one dict per example of its source."""
+def recommends_by(tasks: str) -> str:
+    """The task by which a model trained on `tasks` recommends: the first that turns a history of SIDs into a SID."""
+    names = [name for name in parse_tasks(tasks) if "{history}" in TASKS[name].instructions[0] and not TASKS[name].text]
+    return [*names, "next"][0]
+
+
+def task_fields(source: str, data: dict, rng: random.Random) -> list[dict]:
+    """The values that a task's templates take, one dict per example of its source; `rng` shuffles baskets."""
     item = {item["item_id"]: item for item in data["items"]}
     sid = {i: "".join(item[i]["sid"]) for i in item}
 
@@ -144,7 +154,8 @@ def task_fields(source: str, data: dict) -> list[dict]:
         return [{"history": ", ".join(sid[i] for i in s["history"]), **about(s["target"]),
                  "titles": ", ".join(f'"{item[i]["title"]}"' for i in s["history"])} for s in data["samples"]]
     if source == "users":
-        return [{"sequence": ", ".join(sid[i] for i in (*s["history"], s["target"]))} for s in data["users"]]
+        users = [[sid[i] for i in (*s["history"], s["target"])] for s in data["users"]]
+        return [{"sequence": ", ".join(sids), "basket": ", ".join(rng.sample(sids, len(sids)))} for sids in users]
     if source == "items":
         return [about(i) for i in item]
     if source == "queries":
@@ -153,10 +164,10 @@ def task_fields(source: str, data: dict) -> list[dict]:
 
 
 def task_rows(name: str, data: dict, seed: str = "") -> list[tuple[dict, str, str]]:
-    """(row of the source, instruction, response) for every example whose texts are not empty; `seed` draws the
-    templates."""
+    """(row of the source, instruction, response) for every example whose texts are not empty; `seed` draws
+    templates and baskets."""
     task, rng, rows = TASKS[name], random.Random(f"{seed} {name}"), []
-    for row, fields in zip(data[task.source], task_fields(task.source, data)):
+    for row, fields in zip(data[task.source], task_fields(task.source, data, rng)):
         instruction = rng.choice(task.instructions)
         if all(value.strip() for key, value in fields.items() if "{" + key + "}" in instruction + task.response):
             rows.append((row, instruction.format(**fields), task.response.format(**fields)))
@@ -518,33 +529,33 @@ def loss_report(sums: torch.Tensor, weights: dict[str, float]) -> dict[str, floa
     return {"loss": (weighted[:, 0].sum() / weighted[:, 1].sum()).item(), **{f"loss/{n}": x for n, x in each.items()}}
 
 
-def remaining_batches(train: list[Example], args: argparse.Namespace, at: Progress):
+def remaining_batches(make_examples: Callable, args: argparse.Namespace, at: Progress):
     """From where the run stands to its end: (batch, updates per epoch); moves `at` on before each."""
     rng = random.Random(args.seed)
     if at.order:
         rng.setstate(at.order)
     while at.epoch < args.epochs:
         at.order = rng.getstate()
-        batches = epoch_batches(train, args.batch_size, rng)
+        batches = epoch_batches(make_examples(at.epoch), args.batch_size, rng)
         for batch in batches[at.done:]:
             at.step, at.done = at.step + 1, at.done + 1
             yield batch, len(batches)
         at.epoch, at.done = at.epoch + 1, 0
 
 
-def fit(loss_of: ResponseLoss, optimizer, train: list[Example], valid: list[Example], weights: dict[str, float],
+def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[Example], weights: dict[str, float],
         args: argparse.Namespace, at: Progress, look: Callable[[], dict], save: Callable[[bool], None]) -> bool:
     """The training loop: schedule, log, validation, early stopping; False if interrupted before its end.
 
-    `look()` gives the SID rows' geometry; `save(better)` keeps the run's progress and, if better, the weights as the
-    best so far.
+    `make_examples(epoch)` gives an epoch's examples, `look()` the SID rows' geometry; `save(better)` keeps the run's
+    progress and, if better, the weights as the best so far.
     """
     device, interrupted = next(loss_of.parameters()).device, on_interrupt()
     at.sums, at.log = at.sums.to(device), at.log or [{"step": 0, **look()}]
     bar = tqdm(initial=at.step, desc=args.stage, unit="step", disable=args.rank > 0 or None)
     start, tokens, supervised = time.time(), 0, 0
     loss_of.train()
-    for batch, per_epoch in remaining_batches(train, args, at):
+    for batch, per_epoch in remaining_batches(make_examples, args, at):
         if at.bad >= args.patience:
             bar.write(f"stopped early: no better validation loss for {at.bad} evaluations")
             break
@@ -709,29 +720,31 @@ def read_data(run: Path, items: list[dict], weights: dict[str, float]) -> dict:
     return data
 
 
-def encode_tasks(tokenizer, data: dict, weights: dict[str, float], args: argparse.Namespace) -> dict[str, list]:
-    """The examples of every task, by its name."""
+def encode_tasks(tokenizer, data: dict, weights: dict[str, float], args: argparse.Namespace,
+                 epoch: int = 0) -> dict[str, list[Example]]:
+    """The examples of every task, by its name; what is drawn is drawn by seed and epoch."""
     tasks = {}
     for name in tqdm(weights, desc="tokenise", unit="task", delay=2, disable=args.rank > 0 or None):
-        pairs = task_pairs(name, data, str(args.seed))
+        pairs = task_pairs(name, data, f"{args.seed} {epoch}")
         tasks[name] = encode_examples(tokenizer, name, pairs, args.max_response, weights[name])
         if not tasks[name]:
             stop(f"--tasks: {name} has no examples in this run; leave it out")
     return tasks
 
 
-def split_examples(tokenizer, tasks: dict[str, list], run: Path, items: list[dict], args: argparse.Namespace):
-    """Training and validation examples. The validation set of sft is valid.jsonl's next items; the tasks of align
-    have none: every 20th example is held out, of each task other items."""
-    if args.stage == "align":
-        numbered = [(number % 20 == task, e) for task, examples in enumerate(tasks.values())
-                    for number, e in enumerate(examples)]
-        train, valid = ([e for held, e in numbered if held == wanted] for wanted in (False, True))
-    else:
-        samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in items})
-        train = [e for examples in tasks.values() for e in examples]
-        valid = encode_examples(tokenizer, "next", task_pairs("next", {"items": items, "samples": samples}), 0)
-    return train, valid
+def split_examples(tasks: dict[str, list[Example]], args: argparse.Namespace) -> tuple[list, list]:
+    """Training and held-out examples. The tasks of align have no validation set: every 20th example is held out, of
+    each task other items; sft has valid.jsonl and trains on all."""
+    numbered = [(args.stage == "align" and number % 20 == task, e) for task, examples in enumerate(tasks.values())
+                for number, e in enumerate(examples)]
+    return [e for held, e in numbered if not held], [e for held, e in numbered if held]
+
+
+def read_valid(tokenizer, run: Path, items: list[dict], tasks: str) -> list[Example]:
+    """The next items of valid.jsonl, asked for as the tasks do."""
+    data = {"items": items, "samples": read_samples(run / "valid.jsonl", {item["item_id"] for item in items})}
+    name = recommends_by(tasks)
+    return encode_examples(tokenizer, name, task_pairs(name, data), 0)
 
 
 def check_lengths(longest: int, model, remedy: str) -> None:
@@ -783,12 +796,14 @@ def main() -> None:
     args.catalogue = sid["digest"]                                  # --resume goes on with no other
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
 
-    tasks = encode_tasks(tokenizer, read_data(run, items, weights), weights, args)
+    data = read_data(run, items, weights)
+    tasks = encode_tasks(tokenizer, data, weights, args)
     for name, examples in tasks.items():
         print(f"task {name:>16} | {len(examples)} examples | {sum(len(e.ids) for e in examples)} tokens | "
               f"{sum(len(e.ids) - e.start for e in examples)} supervised, weight {weights[name]:g}")
         show_example(tokenizer, examples[0])
-    train, valid = split_examples(tokenizer, tasks, run, items, args)
+    train, valid = split_examples(tasks, args)
+    valid = valid or read_valid(tokenizer, run, items, args.tasks)
     check_lengths(max(len(e.ids) for e in train + valid), model,
                   "lower --max-history in stage 1, or leave out the task with long texts")
 
@@ -814,6 +829,11 @@ def main() -> None:
         print(f"going on after update {at.step}" if at.step else f"no {resume_path}: starting from the beginning")
     in_use = torch.tensor(tokenizer.convert_tokens_to_ids(list(parents)), device=device)
 
+    def make_examples(epoch: int) -> list[Example]:
+        if epoch and "basket" in tasks:
+            tasks.update(encode_tasks(tokenizer, data, {"basket": weights["basket"]}, args, epoch))
+        return split_examples(tasks, args)[0]
+
     def look() -> dict:
         matrix = model.get_input_embeddings().weight
         return geometry((matrix.full_tensor() if args.fsdp else matrix)[in_use], list(parents.values()))
@@ -827,7 +847,7 @@ def main() -> None:
             write_jsonl(log_path, at.log)
         save_progress(resume_path, state, at, args)
 
-    finished = fit(loss_of, optimizer, train, valid, weights, args, at, look, save)
+    finished = fit(loss_of, optimizer, make_examples, valid, weights, args, at, look, save)
     if args.rank == 0 and finished:
         write_jsonl(log_path, at.log)
         resume_path.unlink(missing_ok=True)
