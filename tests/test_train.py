@@ -20,6 +20,7 @@ DATA = {
     "items": [{"item_id": 1, "title": "Steel rod", "description": "A long rod", "sid": ["<a_0>", "<b_1>", "<c_0>"]},
               {"item_id": "x", "title": "Blue wire", "description": "Copper", "sid": ["<a_1>", "<b_0>", "<c_1>"]}],
     "samples": [{"user_id": "u", "history": ["x", 1], "target": 1}],
+    "users": [{"user_id": "u", "history": [1], "target": 1}],           # shuffled or not, the same
     "tokens": [{"token": "<a_1>", "description": "Wires of copper"}],
     "queries": [{"item_id": 1, "query": "a rod of steel", "split": "train"}]}
 SID, TITLE, TEXT = "<a_0> <b_1> <c_0>", "Steel rod <eos>", "A long rod <eos>"
@@ -28,6 +29,9 @@ TWO = "<a_1><b_0><c_1>, <a_0><b_1><c_0>"
 TABLE = {
     "next": {f"The user has interacted with items {TWO} in chronological order. Can you predict the next possible item "
              "that the user may expect?": SID},
+    "next_brief": {f"The user has interacted with items {TWO}": SID},
+    "sequence": {"The user has interacted with items": f"{SID} , {SID}"},
+    "basket": {"The user has interacted with items, in any order": f"{SID} , {SID}"},
     "title2sid": {"Which item has the title: Steel rod?": SID},
     "sid2title": {'What is the title of item "<a_0><b_1><c_0>"?': TITLE},
     "next_title": {f"The user has sequentially interacted with items {TWO}. Can you recommend the next item for him? "
@@ -138,6 +142,22 @@ def test_label_mask_token_by_token(pad):
         assert "<unk>" not in tokens and example.task == name
 
 
+def test_baskets_hold_the_same_items_in_an_order_of_the_seed():
+    items = [{"item_id": n, "title": f"t{n}", "description": "", "sid": [f"<a_{n}>"]} for n in range(9)]
+    data = {"items": items, "users": [{"user_id": "u", "history": list(range(8)), "target": 8}]}
+    (_, in_order), = stage.task_pairs("sequence", data)
+    assert in_order == ", ".join(f"<a_{n}>" for n in range(9))
+    baskets = [stage.task_pairs("basket", data, seed)[0][1] for seed in ("42 0", "42 0", "42 1")]
+    assert baskets[0] == baskets[1] != baskets[2]
+    assert all(sorted(basket.split(", ")) == sorted(in_order.split(", ")) for basket in baskets)
+
+
+def test_a_model_recommends_by_the_first_task_it_was_trained_on_that_does():
+    tiny, hf = stage.PRESETS["tiny"]["tasks"], stage.PRESETS["hf"]["tasks"]
+    expected = {tiny: "next_brief", hf: "next", stage.STAR_ALIGN: "next", "title2sid:0.5,retrieve,next": "retrieve"}
+    assert {tasks: stage.recommends_by(tasks) for tasks in expected} == expected
+
+
 def test_templates_are_drawn_by_the_seed():
     data = {**DATA, "samples": DATA["samples"] * 300}
     one, again, other = (stage.task_pairs("retrieve", data, seed) for seed in ("1", "1", "2"))
@@ -214,8 +234,11 @@ def test_evaluation_reads_the_prompts_of_training_id_for_id(run, monkeypatch):
     items = tokenize_items.read_catalogue(run / "items.jsonl")
     samples = tokenize_items.read_samples(run / "valid.jsonl", {item["item_id"] for item in items})
     _, tokenizer, _ = load_model(run / "init.pt", CPU, items)
-    pairs = stage.task_pairs("next", {"items": items, "samples": samples})
-    trained = [e.ids[:e.start] for e in stage.encode_examples(tokenizer, "next", pairs, 256)]
+
+    def trained_on(name: str) -> list[list[int]]:
+        pairs = stage.task_pairs(name, {"items": items, "samples": samples})
+        return [e.ids[:e.start] for e in stage.encode_examples(tokenizer, name, pairs, 256)]
+    trained = trained_on("next_brief")                                  # as the tiny backbone is
     assert len({tuple(p) for p in trained}) > 10
 
     def prompts_of(*flags) -> list[list[int]]:
@@ -226,6 +249,7 @@ def test_evaluation_reads_the_prompts_of_training_id_for_id(run, monkeypatch):
             call(evaluate, "--run", run, *flags)
         return prompts.value.args[0]
     assert prompts_of("--split", "valid") == trained                    # with a real target
+    assert prompts_of("--split", "valid", "--task", "next") == trained_on("next") != trained
     history = ",".join(map(str, samples[3]["history"]))
     assert prompts_of("--history", history) == [trained[3]]             # without any
 
