@@ -1,4 +1,4 @@
-"""How fast search and RL update are, against what one would write with public libraries, same weights, same process.
+"""How fast search, training and RL are, against what one would write with public libraries, in one process.
 
     python tests/benchmark.py                          # two cores: a 6-layer, 256-wide Qwen2 with 151,936 rows
     python tests/benchmark.py --device cuda            # a random model of Qwen2.5-1.5B's shape, bf16
@@ -6,16 +6,20 @@
 
 Every contestant runs once to warm up (there its peak memory is taken, above what was resident before), then in turn
 with the others, so that a busy machine is busy for all. Medians; ratios to ours. On a CPU the contestants must find
-the same items with the same scores to 1e-4, or the script stops. pytest does not run this file.
+the same items with the same scores to 1e-4 (sft: the same loss), or the script stops. pytest does not run this file.
 """
 import argparse
 import collections
+import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import os
+import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,7 +33,8 @@ from evaluate import Trie, beam_search, build_trie, expand  # noqa: E402
 from init_embeddings import autocast, load_model, sid_token_ids  # noqa: E402
 from rl import tree_log_probs, trie_paths  # noqa: E402
 from tokenize_items import assign, codes_of, kmeans, pick_device, read_catalogue, read_samples  # noqa: E402
-from train import length_batches, prompt_ids, task_pairs  # noqa: E402
+from train import (PRESETS, Example, ResponseLoss, collate, length_batches, make_optimizer, parse_args,  # noqa: E402
+                   prompt_ids, recommends_by, task_pairs, train_step)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, G group, L = 3 levels, K = 256 codes, N items, V rows.
 L, K = 3, 256
@@ -122,7 +127,7 @@ def random_codes(count: int, seed: int = 0) -> torch.Tensor:
     return torch.stack([keys // K ** (L - 1 - level) % K for level in range(L)], 1)
 
 
-def random_setup(args: argparse.Namespace, device: torch.device) -> Setup:
+def random_backbone(args: argparse.Namespace, device: torch.device):
     """Qwen2's architecture with random weights, scaled so that its choices are neither uniform nor certain."""
     width, inner, layers, heads = SHAPES["smoke" if args.smoke else device.type]
     rows = 3000 if args.smoke else 151936
@@ -132,7 +137,13 @@ def random_setup(args: argparse.Namespace, device: torch.device) -> Setup:
         num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, initializer_range=2 / width ** 0.5)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def random_setup(args: argparse.Namespace, device: torch.device) -> Setup:
+    """A random model with a random catalogue."""
+    model = random_backbone(args, device)
+    rows = model.config.vocab_size
     prompts = torch.randint(rows - L * K, (64, 100 if not args.smoke else 12)).tolist()
     ids = torch.arange(rows - L * K, rows, device=device).view(L, K)
     return make_setup("random", model, random_codes(10000 if not args.smoke else 2000), ids, prompts)
@@ -144,7 +155,8 @@ def run_setup(args: argparse.Namespace, device: torch.device, bench: Bench) -> S
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, checkpoint = load_model(args.checkpoint or run / "sft.pt", device, items)
     samples = read_samples(run / "test.jsonl", {item["item_id"] for item in items})
-    prompts = prompt_ids(tokenizer, [p for p, _ in task_pairs("next", {"items": items, "samples": samples})])
+    name = recommends_by(checkpoint["args"].get("tasks") or "next")
+    prompts = prompt_ids(tokenizer, [p for p, _ in task_pairs(name, {"items": items, "samples": samples})])
     padding = 1 - sum(map(len, prompts)) / sum(
         len(rows) * max(len(prompts[r]) for r in rows) for rows in length_batches(prompts, 16384))
     bench.rows.append(dict(work=f"{run.name}: length buckets of 16,384", contestant="ours", padding=padding,
@@ -351,13 +363,71 @@ def bench_kmeans(bench: Bench, count: int, width: int, k: int) -> None:
         bench.note(title, name, f"mean squared error {assign(x, centroids.to(x))[1].mean():.3f}")
 
 
+def ragged_samples(count: int, rows: int) -> list[Example]:
+    """Prompts of 60 to 140 tokens, each with a SID of three; every fourth with a text of 10 to 40 instead."""
+    rng = random.Random(0)
+    lengths = [(rng.randrange(60, 141), rng.randrange(10, 41) if n % 4 == 3 else 3) for n in range(count)]
+    return [Example("next", [rng.randrange(1, rows) for _ in range(p + r)], p) for p, r in lengths]
+
+
+def make_trainer(model, samples: list[Example], batch_size: int, precision: str, folder: str):
+    """Hugging Face's Trainer as its users set it up: labels of -100 on the prompt, batches padded to the longest."""
+    from tokenizers import Tokenizer, models
+    from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+    rows = [{"input_ids": e.ids, "attention_mask": [1] * len(e.ids),
+             "labels": [-100] * e.start + e.ids[e.start:]} for e in samples]
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"pad": 0}, "pad")), pad_token="pad")
+    settings = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=1e-6,
+        bf16=precision == "bfloat16", use_cpu=model.device.type == "cpu", report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+    return Trainer(model, settings, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(words))
+
+
+def bench_sft(bench: Bench, args: argparse.Namespace, batch_size: int, precision: str) -> None:
+    """One update on one batch, optimizer and all: ours against Hugging Face's Trainer."""
+    if importlib.util.find_spec("accelerate") is None:
+        return print("sft: accelerate is not installed, row left out (pip install accelerate)")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # as train.py does, here for both
+    model = random_backbone(args, bench.device)
+    samples = ragged_samples(batch_size, model.config.vocab_size)
+    ours = parse_args(["--lr", "1e-6", "--precision", precision])
+    vars(ours).update({k: v for k, v in PRESETS["hf" if bench.device.type == "cuda" else "tiny"].items() if k != "lr"},
+                      rank=0, world=1)
+
+    def our_update() -> None:
+        torch.backends.cuda.enable_flash_sdp(bench.device.type != "cpu")                # as train.py does
+        train_step(ResponseLoss(model).train(), make_optimizer(model, ours), samples, ours)
+        model.zero_grad(set_to_none=True)
+        torch.backends.cuda.enable_flash_sdp(True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, samples, batch_size, precision, folder)
+        with torch.no_grad():                           # the same loss, hence the same work
+            mine = ResponseLoss(model)(*collate(samples[:4], bench.device)).mean().item()
+            inputs = {k: v.to(bench.device) for k, v in trainer.data_collator(trainer.train_dataset[:4]).items()}
+            loss = trainer.compute_loss(model, inputs).item()
+        assert bench.device.type != "cpu" or abs(mine - loss) < 1e-4, f"losses differ: {mine}, {loss}"
+
+        def their_update() -> None:
+            with contextlib.redirect_stdout(sys.stderr):                # it prints a summary
+                trainer.train()                                         # its setting up is not counted
+            model.zero_grad(set_to_none=True)
+
+        title = f"sft update B={batch_size}, {precision}"
+        bench.race(title, {"ours": our_update, "HF Trainer": their_update})
+    for name in ("ours", "HF Trainer"):
+        row = next(r for r in bench.rows if (r["work"], r["contestant"]) == (title, name))
+        bench.note(title, name, f"{len(samples) / row['median_s']:.2f} samples per second")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contestant")
     parser.add_argument("--budget", type=float, default=60, help="seconds after which a contestant repeats no more")
-    parser.add_argument("--works", default="search,sampling,rl,trie,kmeans", help="parts of the table, by commas")
+    parser.add_argument("--works", default="search,sampling,trie,kmeans,sft,rl", help="parts of the table, by commas")
     parser.add_argument("--run", help="also measure with this run's model and test prompts")
     parser.add_argument("--checkpoint", help="instead of RUN/sft.pt")
     parser.add_argument("--out", help="write the rows to this file, one JSON object per line")
@@ -383,6 +453,10 @@ def main() -> None:
         bench_trie(bench, count, users, 20, rows)
     if "kmeans" in works:
         bench_kmeans(bench, *((2000, 16, 32) if args.smoke else (100_000, 384, 256)))
+    with autocast(device, "fast"):
+        fast = torch.is_autocast_enabled(device.type)
+    for precision in () if "sft" not in works else ("float32", "bfloat16") if fast else ("float32",):
+        bench_sft(bench, args, 4 if args.smoke else 16, precision)
     bench.table()
     if args.out:
         Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in bench.rows), encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +13,8 @@ import sys
 import pytest
 import torch
 import train as stage
-from conftest import ROOT, assert_stops, call, random_model
-from init_embeddings import load_model, save_model, sid_token_ids
+from conftest import ROOT, assert_stops, call, random_model, write_lines
+from init_embeddings import load_model, save_model, sid_digest, sid_token_ids
 from tokenize_items import read_catalogue, read_samples
 
 CPU = torch.device("cpu")
@@ -38,7 +39,8 @@ def rebuild(run, kind: str, tied: bool, spare: int = 0) -> torch.Tensor:
     """Give the run an init.pt of another architecture with the same tokenizer; its SID rows' ids, sorted."""
     _, tokenizer, old = load_model(run / "init.pt", CPU)
     model = random_model(kind, tied, len(tokenizer) + spare)
-    save_model(run / "init.pt", model, tokenizer, old["sid"], stage="init", args={"backbone": kind}, step=0, metrics={})
+    sid = {**old["sid"], "digest": sid_digest(read_catalogue(run / "items.jsonl"))}
+    save_model(run / "init.pt", model, tokenizer, sid, stage="init", args=old["args"], step=0, metrics={})
     return sid_token_ids(tokenizer, old["sid"]["num_levels"], old["sid"]["codebook_size"]).flatten().sort().values
 
 
@@ -213,15 +215,16 @@ def test_lora_needs_projections_by_name(run, capsys):
 # Death and resurrection
 # ---------------------------------------------------------------------------------------------------------
 
-SHORT = ("--batch-size", 16, "--warmup", 3, "--log-every", 3, "--save-every", 2, "--dropout", 0.1, "--micro-tokens", 600)
+SHORT = ("--batch-size", 16, "--warmup", 3, "--log-every", 3, "--save-every", 2, "--dropout", 0.1,
+         "--micro-tokens", 600)
 SETUPS = {          # 120 samples: 8 updates an epoch; 24 tokens; 60 items in six tasks
     "sft": ("--tasks", "next", "--epochs", 2, "--evals-per-epoch", 2, *SHORT),
     "lora": ("--tasks", "next", "--epochs", 2, "--lora", 2, *SHORT),
     "align": ("--stage", "align", "--tasks", "title2sid,name_item", "--epochs", 2, *SHORT),
 }
-RANDOM = random.Random(4)
+RANDOM = random.Random(1)
 DEATHS = [("sft", "train_step", step) for step in sorted(RANDOM.sample(range(2, 17), 3))] + [
-    ("sft", "save_progress", RANDOM.randrange(3, 8)),                   # between the weights and the resume file
+    ("sft", "save_progress", RANDOM.choice((2, 4, 6))),                   # between the weights and the resume file
     ("lora", "train_step", RANDOM.randrange(4, 17)), ("align", "train_step", RANDOM.randrange(4, 15))]
 
 
@@ -268,6 +271,17 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
     for changed, word in ((("--lr", 0.5), "lr 0.0015, not 0.5"), (("--tasks", "next,title2sid"), "tasks next, not"),
                           (("--precision", "float32"), "precision"), (("--seed", 3), "seed")):
         assert_stops(capsys, call, stage, *flags, *changed, "--resume", words=("out_resume.pt", word, "--resume"))
+    (tmp_path / "run").rename(tmp_path / "same")
+    for kind, swap, word in (("llama", False, "another backbone"), ("qwen2", True, "catalogue")):
+        shutil.copytree(tmp_path / "same", run)                         # made anew since then
+        if swap:
+            items = read_catalogue(run / "items.jsonl")
+            items[0]["sid"], items[1]["sid"] = items[1]["sid"], items[0]["sid"]
+            write_lines(run / "items.jsonl", items)
+        rebuild(run, kind, True)
+        assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", word, "--resume"))
+        shutil.rmtree(run)
+    (tmp_path / "same").rename(run)
     assert {path: path.read_bytes() for path in before} == before
     call(stage, *flags, "--resume")
     assert "going on after update 7" in capsys.readouterr().out
@@ -303,8 +317,8 @@ def test_torchrun_equals_one_process(finished_run, tmp_path):
     call(stage, *flags, "--out", tmp_path / "one.pt")
     assert len(log_of(tmp_path / "one.pt")) == 1 + 12
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", ROOT / "train.py",
-         *map(str, flags), "--device", "cpu", "--out", tmp_path / "two.pt", "--micro-tokens", "200"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+         ROOT / "train.py", *map(str, flags), "--device", "cpu", "--out", tmp_path / "two.pt", "--micro-tokens", "200"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1 and "cpu x 2" in done.stdout            # only rank 0 speaks
@@ -312,7 +326,7 @@ def test_torchrun_equals_one_process(finished_run, tmp_path):
 
 
 def test_two_processes_equal_one(forked, run, tmp_path):
-    """Shards, interrupted in one of the two and resumed; replicas that train adapters, SID rows, or a BERT."""
+    """Shards, interrupted in one of the two and resumed; replicas that train adapters, or SID rows."""
     full = ("--run", run, *SHARED)
     adapters = (*full, "--lora", 2, "--lora-dropout", 0)
     align = ("--run", run, "--stage", "align", "--epochs", 1, "--batch-size", 61, "--log-every", 1)
@@ -329,7 +343,8 @@ def test_two_processes_equal_one(forked, run, tmp_path):
 
 
 def test_one_by_32_equals_four_by_8(run, tmp_path, monkeypatch):
-    flags, pieces, cut = ("--run", run, *SHARED, "--batch-size", 32), [], stage.length_batches
+    flags = ("--run", run, *SHARED, "--batch-size", 32, "--micro-tokens", 10 ** 6)
+    pieces, cut = [], stage.length_batches
     monkeypatch.setattr(stage, "length_batches", lambda *given: pieces.append(len(cut(*given))) or cut(*given))
     call(stage, *flags, "--out", tmp_path / "one.pt")
     assert set(pieces) == {1}
