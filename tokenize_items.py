@@ -160,13 +160,7 @@ def parse_sid_token(token: str) -> tuple[int, int]:
 
 def codes_of(items: list[dict]) -> np.ndarray:
     """The code matrix of a catalogue, (N, L)."""
-    return np.array([[parse_sid_token(t)[1] for t in item["sid"]] for item in items])
-
-
-def spell_sids(items: list[dict], codes: np.ndarray) -> None:
-    """Write a code matrix (N, L) into the items' "sid"."""
-    for item, row in zip(items, codes.tolist()):
-        item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
+    return np.array([[parse_sid_token(token)[1] for token in item["sid"]] for item in items])
 
 
 def item_text(item: dict) -> str:
@@ -298,7 +292,7 @@ def encode_hf(texts: list[str], encoder: dict, batch_size: int, device: torch.de
 def encode(texts: list[str], encoder: dict, batch_size: int, device: torch.device) -> torch.Tensor:
     """Embed texts with a fitted or named encoder, then its PCA where it has one; (N, D)."""
     x = encode_lsa(texts, encoder) if encoder["name"] == "lsa" else encode_hf(texts, encoder, batch_size, device)
-    return project(x, encoder) if "pca_mean" in encoder else x
+    return (x - encoder["pca_mean"]) @ encoder["pca_components"] if "pca_mean" in encoder else x
 
 
 def fit_pca(x: torch.Tensor, dim: int) -> dict:
@@ -308,11 +302,6 @@ def fit_pca(x: torch.Tensor, dim: int) -> dict:
     mean = x.mean(0)
     _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))           # eigenvalues ascending
     return {"pca_mean": mean, "pca_components": vectors.flip(1)[:, :dim].contiguous()}
-
-
-def project(x: torch.Tensor, encoder: dict) -> torch.Tensor:
-    """Apply the PCA of fit_pca, (N, D) -> (N, dim)."""
-    return (x - encoder["pca_mean"]) @ encoder["pca_components"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,10 +332,9 @@ def assign(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torc
     """Nearest centroid of each row and the squared distance to it (eq. 2); (N, D), (K, D) -> (N,), (N,)."""
     rows = max(1, DISTANCE_BYTES // (4 * len(centroids)))               # bounded memory, whatever N is
     square = (centroids * centroids).sum(1)
-    parts = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows)]
-    codes = torch.cat([p.indices for p in parts])
-    distance = torch.cat([p.values for p in parts]) + (x * x).sum(1)
-    return codes, distance.clamp_min(0)
+    nearest = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows)]
+    distance, codes = (torch.cat(parts) for parts in zip(*nearest))
+    return codes, (distance + (x * x).sum(1)).clamp_min(0)
 
 
 def kmeans(x: torch.Tensor, k: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
@@ -403,31 +391,39 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
     for row, (*prefix, _) in enumerate(codes.tolist()):
         rows_of.setdefault(tuple(prefix), []).append(row)
     for prefix, rows in sorted(rows_of.items()):
-        if len(set(codes[rows, -1].tolist())) == len(rows):
-            continue
-        members = np.array(rows)
-        distance = ((residuals[members, None] - book[codes[members, -1]][:, None]) ** 2).sum((1, 2))
-        members = members[np.lexsort((members, distance, members >= first_new))]
-        taken, movers = set(), []
-        for i in members:
-            if codes[i, -1] in taken and i >= first_new:
-                movers.append(i)
-            taken.add(int(codes[i, -1]))
-        free = np.setdiff1d(np.arange(len(book)), list(taken))
+        rows = np.array(rows)
+        distance = ((residuals[rows] - book[codes[rows, -1]]) ** 2).sum(1)
+        rows = rows[np.lexsort((distance, rows >= first_new))]          # the older first, then the nearer
+        taken, first = np.unique(codes[rows, -1], return_index=True)    # the first with a code keeps it
+        movers = [row for row in np.delete(rows, first) if row >= first_new]
+        free = np.setdiff1d(np.arange(len(book)), taken)
         if len(free) < len(movers):
             name = "".join(sid_token(level, code) for level, code in enumerate(prefix))
-            stop(f"prefix {name} has {len(members)} items but only {len(book)} last codes; "
+            stop(f"prefix {name} has {len(rows)} items but only {len(book)} last codes; "
                  "choose a larger --codebook-size or more --num-levels")
-        for i in movers:
-            pick = rng.integers(len(free)) if policy == "random" else (
-                ((residuals[i] - book[free]) ** 2).sum(1).argmin())
-            codes[i, -1], free = free[pick], np.delete(free, pick)
+        for row in movers:
+            distance = ((residuals[row] - book[free]) ** 2).sum(1)
+            pick = rng.integers(len(free)) if policy == "random" else distance.argmin()
+            codes[row, -1], free = free[pick], np.delete(free, pick)
     return codes
 
 
 def colliding(codes: np.ndarray) -> int:
     """Number of items beyond the first on each SID."""
     return len(codes) - len(np.unique(codes, axis=0))
+
+
+def give_sids(items: list[dict], x: torch.Tensor, centroids: torch.Tensor, args: argparse.Namespace,
+              old: list[dict] = ()) -> None:
+    """Write a free SID into every item's "sid", from its embedding; (N, D), (L, K, D). Those of `old` are taken."""
+    raw, residuals = (part.cpu().numpy() for part in quantize(x, centroids))
+    raw = np.concatenate([codes_of(old), raw]) if old else raw
+    residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals])
+    codes = resolve_collisions(raw, residuals, centroids[-1].cpu().numpy(), args.collision, args.seed, len(old))
+    print(f"collisions {colliding(raw)} of {len(raw)} items before, {colliding(codes)} after "
+          f"({args.collision} free last code)")
+    for item, row in zip(items, codes[len(old):].tolist()):
+        item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -518,7 +514,7 @@ def fetch(url: str, path: Path) -> None:
         reply.raise_for_status()
         told = reply.headers
     size, version = int(told.get("Content-Length", 0)), told.get("ETag") or told.get("Last-Modified", "")
-    part, digest = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part"), hashlib.md5()
+    part = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part")
     have = part.stat().st_size if part.exists() else 0
     if 0 < have < size and version[:2] not in ("", "W/"):
         options["headers"] |= {"Range": f"bytes={have}-", "If-Range": version}
@@ -529,14 +525,11 @@ def fetch(url: str, path: Path) -> None:
         with open(part, "ab" if have else "wb") as file, tqdm(
                 desc=path.name, total=size or None, initial=have, unit="B", unit_scale=True, disable=None) as bar:
             for block in reply.iter_content(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-    if size and size != part.stat().st_size:
-        raise requests.ConnectionError(f"{part.stat().st_size} of {size} bytes arrived")
-    with open(part, "rb") as file:
-        while "Content-MD5" in told and (block := file.read(1 << 20)):
-            digest.update(block)
-    if told.get("Content-MD5") not in (None, base64.b64encode(digest.digest()).decode()):
+                bar.update(file.write(block))
+    have, md5 = part.stat().st_size, told.get("Content-MD5")
+    if size and size != have:
+        raise requests.ConnectionError(f"{have} of {size} bytes arrived")
+    if have and md5 and md5 != base64.b64encode(hashlib.md5(np.memmap(part, mode="r")).digest()).decode():
         part.unlink()
         stop(f"{url}: what arrived does not have the host's Content-MD5; run again to fetch it anew")
     os.replace(part, path)
@@ -716,17 +709,13 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
     twice = {item["item_id"] for item in old} & {item["item_id"] for item in new}
     if twice:
         stop(f"{args.items}: item_id {sorted(twice, key=str)[0]!r} has a SID already in {path}; leave it out")
-    book = load_pt(args.codebook, ("centroids", "encoder"))
-    centroids, encoder = book["centroids"], book["encoder"]
-    codes = codes_of(old)
-    if len(centroids) != codes.shape[1] or codes.max() >= centroids.shape[1]:
-        stop(f"{args.codebook} holds {centroids.shape[0]} x {centroids.shape[1]} codes, {path} needs "
-             f"{codes.shape[1]} x {codes.max() + 1}; name the run's own one")
-    fresh, residuals = quantize(encode([item_text(i) for i in new], encoder, args.batch_size, device), centroids)
-    codes = np.concatenate([codes, fresh.numpy()])
-    residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals.numpy()])
-    codes = resolve_collisions(codes, residuals, centroids[-1].numpy(), args.collision, args.seed, len(old))
-    spell_sids(new, codes[len(old):])
+    book, highest = load_pt(args.codebook, ("centroids", "encoder")), codes_of(old).max()
+    levels, k, _ = book["centroids"].shape
+    if levels != len(old[0]["sid"]) or k <= highest:
+        stop(f"{args.codebook} holds {levels} x {k} codes, {path} needs {len(old[0]['sid'])} x {highest + 1}; "
+             "name the run's own one")
+    x = encode([item_text(item) for item in new], book["encoder"], args.batch_size, device)
+    give_sids(new, x, book["centroids"], args, old)
     write_jsonl(path, old + new)
     print(f"wrote {path}: {len(old)} items as they were, {len(new)} new ones, e.g. "
           f"{new[0]['item_id']!r} {''.join(new[0]['sid'])} {new[0]['title']!r}")
@@ -748,41 +737,31 @@ def main() -> None:
           + ", ".join(f"{len(samples)} {name}" for name, samples in split.items()))
 
     if args.sids:
-        given, codebook = {str(r["item_id"]): r["sid"] for r in read_jsonl(args.sids, ("item_id", "sid"))}, None
+        given = {str(row["item_id"]): row["sid"] for row in read_jsonl(args.sids, ("item_id", "sid"))}
         for item in items:
             item["sid"] = given.get(str(item["item_id"]))
         check_sids(args.sids, items)
         print(f"SIDs from {args.sids}: collisions {colliding(codes_of(items))}, kept; no codebook.pt")
+        (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
     else:
         texts = [item_text(item) for item in items]
         encoder = fit_lsa(texts) if args.encoder == "lsa" else {
             "name": args.encoder, "pooling": args.pooling, "max_length": args.max_length}
         x = encode(texts, encoder, args.batch_size, device)
         if args.dim:
-            encoder.update(fit_pca(x, args.dim))
-            x = project(x, encoder)
+            encoder |= fit_pca(x, args.dim)
+            x = (x - encoder["pca_mean"]) @ encoder["pca_components"]
         k = args.codebook_size or min(256, 1 << max(1, len(items) // 12).bit_length() - 1)
         print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         centroids = fit_codebook(x.to(device), args.num_levels, k, args.iterations, args.seed)
-        raw, residuals = quantize(x.to(device), centroids)
-        raw = raw.cpu().numpy()
-        codes = resolve_collisions(raw, residuals.cpu().numpy(), centroids[-1].cpu().numpy(),
-                                   args.collision, args.seed)
-        print(f"collisions {colliding(raw)} of {len(items)} items before, {colliding(codes)} after "
-              f"({args.collision} free last code)")
-        spell_sids(items, codes)
-        codebook = {"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}
-
-    if codebook is None:
-        (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
-    else:
+        give_sids(items, x.to(device), centroids, args)
         with replacing(run / "codebook.pt") as temporary:
-            torch.save(codebook, temporary)
+            torch.save({"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}, temporary)
     for name, samples in split.items():
         write_jsonl(run / f"{name}.jsonl", samples)
     write_jsonl(run / "items.jsonl", items)
     print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
-    print(f"wrote {run}/items.jsonl, train.jsonl, valid.jsonl, test.jsonl" + (", codebook.pt" if codebook else ""))
+    print(f"wrote {run}/items.jsonl, train.jsonl, valid.jsonl, test.jsonl" + ("" if args.sids else ", codebook.pt"))
 
 
 if __name__ == "__main__":
