@@ -14,8 +14,8 @@ Writes  RUN/items.jsonl (the input with "sid": ["<a_12>", "<b_7>", "<c_3>"]), RU
 
 Differs from the paper
   1. `--encoder lsa` (default) needs no download; the paper's is Qwen3-Embedding-4B.
-  2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the
-     paper re-assigns at random (`--collision random`).
+  2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the paper's
+     way is `--collision random`.
   3. K is 256 as in the paper, but smaller for catalogues of fewer than 3,072 items (K <= N / 12).
 
 Examples
@@ -53,7 +53,7 @@ LEVELS = "abcdefgh"                     # level 0 is spelled <a_12>, level 1 <b_
 SID_TOKEN = re.compile(r"<([a-h])_(\d+)>")
 WORD = re.compile(r"[^\W_]+")           # LSA: runs of letters and digits
 LSA_DIM, LSA_MAX_TERMS = 128, 50_000    # width of the LSA space; most frequent terms kept
-DISTANCE_BYTES = 64 << 20               # K-means: size of one block of the distance matrix
+DISTANCE_BYTES, ITERATIONS = 64 << 20, 100      # K-means: one block of the distance matrix; most steps per level
 ITEM_FIELDS = ("title", "description", "brand", "categories")
 TAG = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>]*>", re.I | re.S)
 SCRAPED = re.compile(r"<span id|getTime")   # titles that are a piece of the page's code, not a name
@@ -242,8 +242,8 @@ def tfidf(texts: list[str], column: dict[str, int], idf: torch.Tensor) -> torch.
 def fit_lsa(texts: list[str]) -> dict:
     """Fit latent semantic analysis: TF-IDF, then the leading right singular vectors, (V, D)."""
     frequency = Counter(t for text in texts for t in set(terms_of(text)))
-    kept = [t for t, n in sorted(frequency.items(), key=lambda x: (-x[1], x[0])) if n > 1][:LSA_MAX_TERMS]
-    kept = kept or sorted(frequency)[:LSA_MAX_TERMS]
+    kept = sorted(frequency, key=lambda t: (-frequency[t], t))
+    kept = ([t for t in kept if frequency[t] > 1] or kept)[:LSA_MAX_TERMS]
     if not kept:
         stop("no item text holds a word or a number; the lsa encoder has nothing to work with")
     idf = torch.tensor([np.log(len(texts) / frequency[t]) + 1 for t in kept], dtype=torch.float32)
@@ -371,11 +371,10 @@ def fit_codebook(x: torch.Tensor, num_levels: int, k: int, iterations: int, seed
         books.append(kmeans(x, k, iterations, generator))
         codes, _ = assign(x, books[-1])
         x = x - books[-1][codes]
-        counts = torch.bincount(codes, minlength=k).double()
+        counts = torch.bincount(codes).double()
         p = counts[counts > 0] / len(x)
-        print(f"level   {LEVELS[level]} | mse {float((x * x).sum(1).mean()):.4f} | codes in use "
-              f"{len(p)}/{k} | perplexity {float(torch.exp(-(p * p.log()).sum())):.1f} | "
-              f"largest cluster {int(counts.max())}")
+        print(f"level   {LEVELS[level]} | mse {float((x * x).sum(1).mean()):.4f} | codes in use {len(p)}/{k} | "
+              f"perplexity {float((-p * p.log()).sum().exp()):.1f} | largest cluster {int(counts.max())}")
     return torch.stack(books)
 
 
@@ -669,7 +668,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num-levels", type=int, default=3, help="L, codes per item")
     flag("--codebook-size", type=int, default=0,
          help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
-    flag("--iterations", type=int, default=100, help="most Lloyd iterations per level")
     flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
     flag = parser.add_argument_group("samples").add_argument
     flag("--split", choices=("official", "leave-one-out", "chronological"),
@@ -682,8 +680,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for wrong, message in (
             (not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0,
              f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0"),
-            (min(args.batch_size, args.max_length, args.iterations) < 1 or args.dim < 0,
-             "--batch-size, --max-length and --iterations must be at least 1, --dim at least 0"),
+            (min(args.batch_size, args.max_length) < 1 or args.dim < 0,
+             "--batch-size and --max-length must be at least 1, --dim at least 0"),
             (args.codebook and not args.items, "--codebook encodes new items: name their file with --items"),
             (args.codebook and args.sids, "--codebook and --sids exclude each other"),
             (args.amazon and (args.data != parser.get_default("data") or args.items or args.interactions),
@@ -694,8 +692,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (not args.amazon_url.startswith("http"), "--amazon-url must begin with http")):
         if wrong:
             parser.error(message)
-    if args.amazon:
-        args.data = str(Path(args.run) / "data")
+    args.data = str(Path(args.run) / "data") if args.amazon else args.data
     args.min_count = args.min_count or (5 if args.amazon else 1)
     official = not args.interactions and (Path(args.data) / "train.jsonl").exists()
     args.split = args.split or ("official" if official else "leave-one-out")
@@ -753,7 +750,7 @@ def main() -> None:
             x = (x - encoder["pca_mean"]) @ encoder["pca_components"]
         k = args.codebook_size or min(256, 1 << max(1, len(items) // 12).bit_length() - 1)
         print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
-        centroids = fit_codebook(x.to(device), args.num_levels, k, args.iterations, args.seed)
+        centroids = fit_codebook(x.to(device), args.num_levels, k, ITERATIONS, args.seed)
         give_sids(items, x.to(device), centroids, args)
         with replacing(run / "codebook.pt") as temporary:
             torch.save({"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}, temporary)
