@@ -183,21 +183,20 @@ def read_items(path: str | Path) -> list[dict]:
     return items
 
 
-def check_sids(path: str | Path, items: list[dict]) -> None:
-    """Stop unless every item's "sid" has one token for each level a, b, c, ..., as many as the first item's."""
+def check_sids(path: str | Path, items: list[dict]) -> list[dict]:
+    """The items, if each has a "sid" of one token per level a, b, c, ..., as many as the first one; else stops."""
     for item in items:
         sid = item.get("sid")
         if not isinstance(sid, list) or not sid or len(sid) != len(items[0]["sid"]) or any(
                 parse_sid_token(t)[0] != level for level, t in enumerate(sid)):
             stop(f"{path}: item {item['item_id']!r} has no valid SID ({sid!r}); all need one token per level, "
                  "like ['<a_12>', '<b_7>', '<c_3>']")
+    return items
 
 
 def read_catalogue(path: str | Path) -> list[dict]:
     """Read a run's items.jsonl: items with their "sid", all of the same number of levels."""
-    items = read_items(path)
-    check_sids(path, items)
-    return items
+    return check_sids(path, read_items(path))
 
 
 def check_known(where: str, item_ids, known: set) -> None:
@@ -478,8 +477,7 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
     if args.split == "official":
         if args.min_count > 1:
             stop("--min-count filters interactions.jsonl; an official split is used as it is")
-        split = {name: read_samples(Path(args.data) / f"{name}.jsonl", known)
-                 for name in ("train", "valid", "test")}
+        split = {name: read_samples(Path(args.data) / f"{name}.jsonl", known) for name in ("train", "valid", "test")}
     else:
         path = args.interactions or Path(args.data) / "interactions.jsonl"
         users = read_interactions(path, known, timed=args.split == "chronological")
@@ -504,9 +502,8 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
 def fetch(url: str, path: Path) -> None:
     """GET `url` to `path` through a part file named after the host's version of it; what that holds is not sent again.
 
-    RFC 9110, 13.1.5 and 14.2: with If-Range a host sends the rest of that version (206) or the whole file (200), and
-    the latter starts over. Checked by size and, where the host has it, by Content-MD5 (RFC 1864); an ETag is no
-    checksum, only some stores make it an MD5. Raises requests.RequestException where it fails or is cut.
+    RFC 9110, 13.1.5: with If-Range a host sends the rest of that version (206) or the whole file (200). Checked by
+    size and, where the host has it, Content-MD5 (RFC 1864). Raises requests.RequestException where it fails or is cut.
     """
     options = {"headers": {"Accept-Encoding": "identity"}, "timeout": TIMEOUT, "allow_redirects": True}
     with requests.head(url, **options) as reply:
@@ -567,11 +564,11 @@ def read_ratings(path: Path, args: argparse.Namespace):
     """Yield (user, item, time) of each rating inside the window, the time as in the dump."""
     dump = AMAZON[args.year]
     low, high = (args.since or 0) * dump["second"], (args.until or math.inf) * dump["second"]
-    # the header of 2023 becomes a rating from before any window
-    rows = read_dump(path, lambda line: (cells := line.replace("timestamp", "-1").split(","), int(cells[3])))
-    for cells, moment in rows:
-        if low <= moment < high:
-            yield cells[dump["user"]], cells[1 - dump["user"]], moment
+
+    def parse(line: str) -> tuple[str, str, int]:
+        cells = line.replace("timestamp", "-1").split(",")              # the header of 2023 is before any window
+        return cells[dump["user"]], cells[1 - dump["user"]], int(cells[3])
+    return (rating for rating in read_dump(path, parse) if low <= rating[2] < high)
 
 
 def plain(text) -> str:
@@ -648,8 +645,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--items", help="catalogue, instead of DATA/items.jsonl")
     flag("--interactions", help="interactions, instead of DATA/interactions.jsonl")
     flag("--sids", help="take the SIDs from this file ({item_id, sid} lines), collisions kept")
-    flag("--codebook", help="give SIDs from this codebook.pt to the new items in --items and append them to the "
-                            "run's catalogue; nothing that is there moves")
+    flag("--codebook", help="append the new items in --items to the run's, SIDs from this codebook.pt; nothing moves")
     flag = parser.add_argument_group("Amazon reviews").add_argument
     flag("--amazon", metavar="CATEGORY", help="make RUN/data from this category, as the host spells it, and read it")
     flag("--year", type=int, choices=AMAZON, default=2018, help="release of the reviews")
@@ -666,8 +662,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
     flag = parser.add_argument_group("quantizer").add_argument
     flag("--num-levels", type=int, default=3, help="L, codes per item")
-    flag("--codebook-size", type=int, default=0,
-         help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
+    flag("--codebook-size", type=int, default=0, help="K, codes per level; 0: 256, or the largest 2^n <= N / 12")
     flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
     flag = parser.add_argument_group("samples").add_argument
     flag("--split", choices=("official", "leave-one-out", "chronological"),
@@ -732,7 +727,6 @@ def main() -> None:
     split, items = make_samples(args, items)
     print(f"device {device} | {len(items)} items | split {args.split}: "
           + ", ".join(f"{len(samples)} {name}" for name, samples in split.items()))
-
     if args.sids:
         given = {str(row["item_id"]): row["sid"] for row in read_jsonl(args.sids, ("item_id", "sid"))}
         for item in items:
