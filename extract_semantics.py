@@ -6,7 +6,7 @@ A teacher sees a sample of the token's items and says what they share. TS-Rec (a
     Eq. 7   D_s, W_s = teacher(sample of I_s)     description D_s (for TS-Align), keywords W_s (for SA-Init)
 
 `--queries N` adds N search queries per item, for the task query -> SID (STAR, appendix A.1.2: 5). STAR does not say
-which of them are for testing; here it is one of each item's, as in its leave-one-out of each user's items.
+which are for testing; here it is one of each item's.
 
 Reads   RUN/items.jsonl (with "sid": ["<a_12>", "<b_7>", "<c_3>"])
 Writes  RUN/semantics.jsonl, one line per token in use, by level, then code: {"token": "<a_12>",
@@ -15,14 +15,13 @@ Writes  RUN/semantics.jsonl, one line per token in use, by level, then code: {"t
         RUN/teacher_cache.jsonl, with a language model: its good answers, so that a killed run goes on from there
 
 Differs from the paper
-  1. `--teacher tfidf` is no language model and needs no download: the keywords are the words and two-word
-     phrases that set the sample apart from the catalogue, the description fills templates. Both keep the
-     rules of the paper's prompt (appendix A.1): no brands, no exact measures, no promotion. Its queries are
-     words of the title, with brand or category at times, and a typo now and then.
-  2. A few items with short titles can give it fewer than 10 keywords or N queries, but never none.
-  3. `--teacher http` (any OpenAI-compatible server) and `--teacher hf` (a local model) get the papers' prompts,
-     shortened. An answer that breaks the rules is asked again with what was wrong; what is still bad then is
-     made by tfidf, as "source" says.
+  1. `--teacher tfidf` is no language model and needs no download: the keywords are the words and two-word phrases that
+     set the sample apart from the catalogue, the description fills templates, the queries are words of the title, with
+     brand or category at times, and a typo now and then. It keeps the rules of appendix A.1: no brands, no exact
+     measures, no promotion. A few items with short titles can give it fewer than 10 keywords or N queries, never none.
+  2. `--teacher http` (any OpenAI-compatible server) and `--teacher hf` (a local model) get the papers' prompts,
+     shortened. An answer that breaks the rules is asked again with what was wrong; what is still bad then is made by
+     tfidf, as "source" says.
 
 Examples
   python extract_semantics.py                                      # the demo: 3 s on one core
@@ -88,7 +87,6 @@ SUBJECTS = ("product family", "product group", "set of products")   # by level, 
 OPENINGS = ("This {} covers {}.", "This {} includes items such as {}.", "Typical of this {} is {}.")
 MADE_OF = ("Typical materials are {}.", "The items are often made of {}.", "Materials such as {} recur.")
 MARKS = ("They are marked by terms such as {}.", "Recurring themes are {}.", "Common traits concern {}.")
-
 TYPO_RATE = 0.1                                 # share of the offline queries that get a typo
 
 # What a language model is asked: the requirements of TS-Rec, appendix A.1, and of STAR, appendix A.2.2
@@ -205,11 +203,6 @@ def make_lexicon(texts: list[set[str]], names: set[str]) -> dict[str, str]:
     return lexicon
 
 
-def find_phrases(words: list[str], lexicon: dict[str, str]) -> list[list[str]]:
-    """Cut a word list at every word that is not in the lexicon; the words between, in the singular."""
-    return [[lexicon[word] for word in run] for known, run in groupby(words, lexicon.__contains__) if known]
-
-
 def study(items: list[dict]) -> Catalogue:
     """Read every item once: its terms, its title's phrases, and the counts over all items."""
     texts = [{field: split_words(clean(item[field], item["brand"])) for field in FIELDS} for item in items]
@@ -217,16 +210,17 @@ def study(items: list[dict]) -> Catalogue:
     lexicon = make_lexicon(bags, find_names(items, bags))
     catalogue = Catalogue({}, {}, Counter(), Counter(), Counter())
     for item, fields in zip(items, texts):
-        terms = {}
+        terms, phrases = {}, {}
         for field, weight in FIELDS.items():
-            for phrase in find_phrases(fields[field], lexicon):
+            runs = groupby(fields[field], lexicon.__contains__)         # a phrase: neighbours in the lexicon
+            phrases[field] = [[lexicon[word] for word in run] for known, run in runs if known]
+            for phrase in phrases[field]:
                 for term in phrase + [f"{a} {b}" for a, b in zip(phrase, phrase[1:]) if a != b]:
                     terms.setdefault(term, weight)              # the title comes first and weighs most
-        title = find_phrases(fields["title"], lexicon)
-        catalogue.terms[item["item_id"]], catalogue.titles[item["item_id"]] = terms, title
+        catalogue.terms[item["item_id"]], catalogue.titles[item["item_id"]] = terms, phrases["title"]
         catalogue.df.update(terms.keys())
         catalogue.title_df.update(term for term, weight in terms.items() if weight == FIELDS["title"])
-        catalogue.last.update({phrase[-1] for phrase in title})
+        catalogue.last.update({phrase[-1] for phrase in phrases["title"]})
     return catalogue
 
 
@@ -293,27 +287,22 @@ def listing(words: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def describe(token: str, texts: list[dict[str, float]], kinds: list[str], keywords: list[str]) -> str:
-    """Write the paragraph: what the items are, what of, what marks them; the wording varies by token."""
-    kinds = [kind for kind, _ in Counter(filter(None, kinds)).most_common(5)] or keywords[:5]
+def tfidf_teacher(token: str, sample: list[dict], catalogue: Catalogue) -> tuple[str, list[str]]:
+    """The description and the keywords of a sample: what the items are, what of, what marks them. Wording by token."""
+    texts = [catalogue.terms[item["item_id"]] for item in sample]
+    keywords = choose_keywords(texts, score_terms(texts, catalogue)) or ["product"]
+    found = Counter(filter(None, (find_kind(catalogue.titles[item["item_id"]], catalogue) for item in sample)))
+    kinds = [kind for kind, _ in found.most_common(5)] or keywords[:5]
     found = Counter(word for terms in texts for word in terms if word in MATERIALS)
     materials = [word for word, n in found.most_common(3) if 4 * n >= len(texts)]
-    told = {word for kind in kinds for word in kind.split()} | MATERIALS
+    told = MATERIALS.union(*(kind.split() for kind in kinds))
     marks = [keyword for keyword in keywords if told.isdisjoint(keyword.split())] or keywords
     style = crc32(token.encode())
     text = [OPENINGS[style % 3].format(SUBJECTS[parse_sid_token(token)[0] % 3], listing(kinds))]
     if materials:
         text.append(MADE_OF[style // 3 % 3].format(listing(materials)))
     text.append(MARKS[style // 9 % 3].format(listing(marks[:5])))
-    return " ".join(text)
-
-
-def tfidf_teacher(token: str, sample: list[dict], catalogue: Catalogue) -> tuple[str, list[str], str]:
-    """Say what sets the sample apart from the catalogue: (description, keywords, source)."""
-    texts = [catalogue.terms[item["item_id"]] for item in sample]
-    kinds = [find_kind(catalogue.titles[item["item_id"]], catalogue) for item in sample]
-    keywords = choose_keywords(texts, score_terms(texts, catalogue)) or ["product"]
-    return describe(token, texts, kinds, keywords), keywords, "tfidf"
+    return " ".join(text), keywords
 
 
 def mistype(query: str, rng: random.Random) -> str:
@@ -341,7 +330,7 @@ def plain_queries(item: dict, catalogue: Catalogue, count: int, seed: int) -> li
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Language models as teachers: what they are asked, what makes an answer good
+# Language models as teachers: what they are asked, what makes an answer good, and how they are asked again
 # ---------------------------------------------------------------------------------------------------------
 
 def item_json(item: dict) -> str:
@@ -351,8 +340,8 @@ def item_json(item: dict) -> str:
     return json.dumps({field: text for field, text in texts.items() if text}, ensure_ascii=False)
 
 
-def make_questions(samples: dict[str, list[dict]], items: list[dict], count: int) -> dict[str, tuple[str, Callable]]:
-    """All that is asked: name, "<a_12>" or "item 7" -> prompt, check (text -> answer, or a str: what is wrong)."""
+def make_questions(samples: dict[str, list[dict]], items: list[dict], args) -> dict[str, tuple[str, str, Callable]]:
+    """All that is asked: name, "<a_12>" or "item 7" -> key in the cache, prompt, check (text -> answer or problem)."""
     questions = {}
     for token, sample in samples.items():
         shops = [item["categories"].split(">")[0].strip() for item in sample if item["categories"].strip()]
@@ -360,10 +349,11 @@ def make_questions(samples: dict[str, list[dict]], items: list[dict], count: int
                                        items="\n".join(map(item_json, sample)))
         brands = {item["brand"].strip() for item in sample} - {""}
         questions[token] = prompt, partial(check_meaning, brands=sorted(brands))
-    for item in items if count else []:
-        prompt = QUERIES_PROMPT.format(item=item_json(item), count=count)
-        questions[f"item {item['item_id']!r}"] = prompt, partial(check_queries, count=count)
-    return questions
+    for item in items if args.queries else []:
+        prompt = QUERIES_PROMPT.format(item=item_json(item), count=args.queries)
+        questions[f"item {item['item_id']!r}"] = prompt, partial(check_queries, count=args.queries)
+    return {name: (hashlib.sha256(json.dumps([args.teacher_model, prompt]).encode()).hexdigest(), prompt, check)
+            for name, (prompt, check) in questions.items()}
 
 
 def find_json(text: str, brackets: str) -> dict | list | None:
@@ -412,11 +402,6 @@ def check_queries(text: str, count: int) -> list[str] | str:
     return queries if len(queries) == count else f"there must be {count} different queries, not {len(queries)}"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Asking. A teacher is a function of name -> chat, a list of {"role", "content"}. It yields, in any order, name,
-# answer, and why there is none or ""; where going on is no use it raises Refused
-# ---------------------------------------------------------------------------------------------------------
-
 class Refused(Exception):
     """The teacher cannot go on; the text says why."""
 
@@ -427,62 +412,55 @@ def read_cache(path: Path) -> dict[str, list]:
         data = path.read_bytes() if path.exists() else b""
         rows = [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
         return {row["key"]: row["answer"] for row in rows}
-    except OSError as error:
-        stop(f"{path}: cannot be read ({error.strerror}); name another file by --cache")
-    except (ValueError, LookupError, TypeError):
-        stop(f"{path}: not a file of answers that this script wrote; move it away, or name another by --cache")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        stop(f"{path}: cannot be read as this script's answers ({error}); move it away, or name another by --cache")
 
 
-def consult(todo: dict[str, tuple[str, str, Callable]], answers: dict[str, list], teacher: Callable,
-            args: argparse.Namespace) -> None:
+def consult(todo: dict[str, tuple], answers: dict[str, list], teacher: Callable, args: argparse.Namespace) -> None:
     """Ask all of name -> (key, prompt, check), then again, with what was wrong, those whose answers were bad.
 
-    Each good answer is in the cache before the next is looked at, and joins the cached ones in `answers`; the names
-    without one are printed, with the reasons.
+    Each good answer is in the cache before the next is looked at, and joins the cached ones in `answers`. A teacher
+    takes name -> chat, a list of {"role", "content"}, and yields, in any order, name, answer, and why there is none
+    or ""; where going on is no use it raises Refused.
     """
-    cached, retried, bad = len(answers), 0, {}                          # bad: name -> what is wrong
+    cached, asked, bad = len(answers), 0, {}                            # bad: name -> what is wrong
     chats = {name: [{"role": "user", "content": prompt}] for name, (_, prompt, _) in todo.items()}
     with open(args.cache, "a", encoding="utf-8") as file:
-        for attempt in range(1 + args.retries):
-            again, retried = {}, retried + len(chats) * (attempt > 0)
+        for _ in range(1 + args.retries):
+            again, asked = {}, asked + len(chats)
             with closing(teacher(chats)) as replies:
                 for name, text, failure in tqdm(replies, total=len(chats), unit="answer", disable=None):
                     key, prompt, check = todo[name]
-                    answer = failure or check(text)
+                    bad[name] = answer = failure or check(text)
                     if isinstance(answer, list):
+                        answers[name] = bad.pop(name)
                         file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
                         file.flush()
-                        answers[name], _ = answer, bad.pop(name, None)
-                        continue
-                    bad[name] = answer
-                    if not failure:
+                    elif not failure:
                         again[name] = [{"role": "user", "content": prompt},
                                        {"role": "assistant", "content": text or "(nothing)"},
                                        {"role": "user", "content": ASK_AGAIN.format(problem=answer)}]
             chats = again
             if not chats:
                 break
-    print(f"answers | {cached} cached | {len(todo)} asked | {retried} retried | {len(bad)} fell back to tfidf, "
-          f"{len(bad) - len(chats)} of which failed: no answer came")
+    print(f"answers | {cached} cached | {len(todo)} asked | {asked - len(todo)} retried | {len(bad)} fell back to "
+          f"tfidf, {len(bad) - len(chats)} of which failed: no answer came")
     for name, problem in bad.items():
         print(f"fell back | {name} | {problem}")
 
 
 def ask_teacher(samples: dict[str, list[dict]], items: list[dict], args: argparse.Namespace) -> dict[str, list]:
     """A language model's good answers, from the cache or asked now, by name: "<a_12>" or "item 7"."""
-    kept, answers, todo = read_cache(args.cache), {}, {}
-    for name, (prompt, check) in make_questions(samples, items, args.queries).items():
-        key = hashlib.sha256(json.dumps([args.teacher_model, prompt]).encode()).hexdigest()
-        if key in kept:
-            answers[name] = kept[key]
-        else:
-            todo[name] = key, prompt, check
+    kept, questions = read_cache(args.cache), make_questions(samples, items, args)
+    answers = {name: kept[key] for name, (key, _, _) in questions.items() if key in kept}
+    todo = {name: question for name, question in questions.items() if name not in answers}
     letters = sum(len(prompt) for _, prompt, _ in todo.values())
-    out = sum(MEANING_TOKENS if name.startswith("<") else QUERY_TOKENS * args.queries for name in todo)
+    out = sum(MEANING_TOKENS if name in samples else QUERY_TOKENS * args.queries for name in todo)
     print(f"{len(todo)} requests to {args.teacher_model}, {len(answers)} more are cached | about "
           f"{letters // CHARS_PER_TOKEN} tokens in, {out} out")
     if args.dry_run:
-        print(*[f"the prompt for {name}:\n{prompt}" for name, (_, prompt, _) in todo.items()][:1])
+        for name in list(todo)[:1]:
+            print(f"the prompt for {name}:\n{todo[name][1]}")
         raise SystemExit
     write_jsonl(args.cache, [{"key": key, "answer": answer} for key, answer in kept.items()])   # drops half a line
     try:
@@ -521,12 +499,11 @@ def post(url: str, key: str, body: dict, timeout: float) -> tuple[int, str, str]
         return 0, type(error).__name__, ""
     status, text = response.status_code, response.content.decode("utf-8", "replace")
     try:
-        answer = json.loads(text)
         if status == 200:
-            return status, str(answer["choices"][0]["message"]["content"] or ""), ""
-        text = str(answer["error"]["message"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        status, text = (0, f"no chat completion, {text}") if status == 200 else (status, text)
+            return status, str(json.loads(text)["choices"][0]["message"]["content"] or ""), ""
+        text = str(json.loads(text)["error"]["message"])
+    except (ValueError, LookupError, TypeError, RecursionError):        # what came instead is the problem
+        status = 0 if status == 200 else status
     return status, text.replace(key, "***") if key else text, response.headers.get("Retry-After", "")
 
 
@@ -535,11 +512,11 @@ def post_chat(url: str, key: str, chat: list[dict], args: argparse.Namespace, ha
 
     Time-outs, cut lines, 429 and 5xx may pass; any other status will not.
     """
-    wait = 0
+    wait, body = 0, {"model": args.teacher_model, "messages": chat}
     for attempt in range(TRIES):
         if halt.wait(wait):
             return None
-        status, text, retry_after = post(url, key, {"model": args.teacher_model, "messages": chat}, args.timeout)
+        status, text, retry_after = post(url, key, body, args.timeout)
         if status == 200:
             return text, ""
         problem = f"{status or 'no answer'}: {' '.join(text.split())[:300]}"
@@ -662,15 +639,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def report(rows: list[dict]) -> None:
     """Print what a reader checks first, and three of the tokens as they were written."""
-    sizes = sorted(row["n_items"] for row in rows)
-    levels = Counter(row["token"][1] for row in rows)
-    words = sum(len(row["description"].split()) for row in rows) / len(rows)
+    sizes, levels = sorted(row["n_items"] for row in rows), Counter(row["token"][1] for row in rows)
     few = sum(len(row["keywords"]) < MIN_KEYWORDS for row in rows)
-    repeated = len(rows) - len({row["description"] for row in rows})
     print("tokens in use per level " + ", ".join(f"{level} {n}" for level, n in levels.items())
-          + f" | items per token: min {sizes[0]}, median {sizes[len(sizes) // 2]}, max {sizes[-1]}")
-    print(f"tokens with fewer than {MIN_KEYWORDS} keywords {few}"
-          f" | words per description {words:.1f} | repeated descriptions {repeated}")
+          + f" | items per token: min {sizes[0]}, median {sizes[len(sizes) // 2]}, max {sizes[-1]}"
+          + f" | tokens with fewer than {MIN_KEYWORDS} keywords {few}")
     for row in rows[::-(-len(rows) // 3)]:
         print(f"example | {row['token']} {row['n_items']} items: {', '.join(row['keywords'])}\n"
               f"        | {row['description']}")
@@ -680,8 +653,9 @@ def make_queries(items: list[dict], answers: dict[str, list], catalogue: Catalog
     """The lines of queries.jsonl; one query of each item, drawn at random, is for testing, but not its only one."""
     lines = []
     for item in items:
-        queries = answers.get(f"item {item['item_id']!r}") or plain_queries(item, catalogue, args.queries, args.seed)
-        test = random.Random(f"{args.seed} {item['item_id']!r} test").choice(queries) if len(queries) > 1 else None
+        name = repr(item["item_id"])
+        queries = answers.get(f"item {name}") or plain_queries(item, catalogue, args.queries, args.seed)
+        test = random.Random(f"{args.seed} {name} test").choice(queries) if len(queries) > 1 else None
         lines += [{"item_id": item["item_id"], "query": query, "split": "test" if query == test else "train"}
                   for query in queries]
     return lines
@@ -697,11 +671,11 @@ def main() -> None:
     samples = {token: draw_sample(token, cluster, args.sample, args.seed) for token, cluster in clusters.items()}
     answers = {} if args.teacher == "tfidf" else ask_teacher(samples, items, args)
     for token, sample in tqdm(samples.items(), unit="token", delay=2):
-        description, keywords, source = (*answers[token], f"{args.teacher} {args.teacher_model}") if (
-            token in answers) else tfidf_teacher(token, sample, catalogue)
-        sampled = [item["item_id"] for item in sample]
-        rows.append({"token": token, "description": description, "keywords": keywords,
-                     "n_items": len(clusters[token]), "sampled": sampled, "source": source})
+        good = token in answers
+        description, keywords = answers[token] if good else tfidf_teacher(token, sample, catalogue)
+        rows.append({"token": token, "description": description, "keywords": keywords, "n_items": len(clusters[token]),
+                     "sampled": [item["item_id"] for item in sample],
+                     "source": f"{args.teacher} {args.teacher_model}" if good else "tfidf"})
     write_jsonl(out, rows)
     report(rows)
     print(f"wrote {out}")

@@ -14,8 +14,8 @@ Writes  RUN/items.jsonl (the input with "sid": ["<a_12>", "<b_7>", "<c_3>"]), RU
 
 Differs from the paper
   1. `--encoder lsa` (default) needs no download; the paper's is Qwen3-Embedding-4B.
-  2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the
-     paper re-assigns at random (`--collision random`).
+  2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the paper's
+     way is `--collision random`.
   3. K is 256 as in the paper, but smaller for catalogues of fewer than 3,072 items (K <= N / 12).
 
 Examples
@@ -53,7 +53,7 @@ LEVELS = "abcdefgh"                     # level 0 is spelled <a_12>, level 1 <b_
 SID_TOKEN = re.compile(r"<([a-h])_(\d+)>")
 WORD = re.compile(r"[^\W_]+")           # LSA: runs of letters and digits
 LSA_DIM, LSA_MAX_TERMS = 128, 50_000    # width of the LSA space; most frequent terms kept
-DISTANCE_BYTES = 64 << 20               # K-means: size of one block of the distance matrix
+DISTANCE_BYTES, ITERATIONS = 64 << 20, 100      # K-means: one block of the distance matrix; most steps per level
 ITEM_FIELDS = ("title", "description", "brand", "categories")
 TAG = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>]*>", re.I | re.S)
 SCRAPED = re.compile(r"<span id|getTime")   # titles that are a piece of the page's code, not a name
@@ -160,13 +160,7 @@ def parse_sid_token(token: str) -> tuple[int, int]:
 
 def codes_of(items: list[dict]) -> np.ndarray:
     """The code matrix of a catalogue, (N, L)."""
-    return np.array([[parse_sid_token(t)[1] for t in item["sid"]] for item in items])
-
-
-def spell_sids(items: list[dict], codes: np.ndarray) -> None:
-    """Write a code matrix (N, L) into the items' "sid"."""
-    for item, row in zip(items, codes.tolist()):
-        item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
+    return np.array([[parse_sid_token(token)[1] for token in item["sid"]] for item in items])
 
 
 def item_text(item: dict) -> str:
@@ -189,21 +183,20 @@ def read_items(path: str | Path) -> list[dict]:
     return items
 
 
-def check_sids(path: str | Path, items: list[dict]) -> None:
-    """Stop unless every item's "sid" has one token for each level a, b, c, ..., as many as the first item's."""
+def check_sids(path: str | Path, items: list[dict]) -> list[dict]:
+    """The items, if each has a "sid" of one token per level a, b, c, ..., as many as the first one; else stops."""
     for item in items:
         sid = item.get("sid")
         if not isinstance(sid, list) or not sid or len(sid) != len(items[0]["sid"]) or any(
                 parse_sid_token(t)[0] != level for level, t in enumerate(sid)):
             stop(f"{path}: item {item['item_id']!r} has no valid SID ({sid!r}); all need one token per level, "
                  "like ['<a_12>', '<b_7>', '<c_3>']")
+    return items
 
 
 def read_catalogue(path: str | Path) -> list[dict]:
     """Read a run's items.jsonl: items with their "sid", all of the same number of levels."""
-    items = read_items(path)
-    check_sids(path, items)
-    return items
+    return check_sids(path, read_items(path))
 
 
 def check_known(where: str, item_ids, known: set) -> None:
@@ -248,8 +241,8 @@ def tfidf(texts: list[str], column: dict[str, int], idf: torch.Tensor) -> torch.
 def fit_lsa(texts: list[str]) -> dict:
     """Fit latent semantic analysis: TF-IDF, then the leading right singular vectors, (V, D)."""
     frequency = Counter(t for text in texts for t in set(terms_of(text)))
-    kept = [t for t, n in sorted(frequency.items(), key=lambda x: (-x[1], x[0])) if n > 1][:LSA_MAX_TERMS]
-    kept = kept or sorted(frequency)[:LSA_MAX_TERMS]
+    kept = sorted(frequency, key=lambda t: (-frequency[t], t))
+    kept = ([t for t in kept if frequency[t] > 1] or kept)[:LSA_MAX_TERMS]
     if not kept:
         stop("no item text holds a word or a number; the lsa encoder has nothing to work with")
     idf = torch.tensor([np.log(len(texts) / frequency[t]) + 1 for t in kept], dtype=torch.float32)
@@ -298,7 +291,7 @@ def encode_hf(texts: list[str], encoder: dict, batch_size: int, device: torch.de
 def encode(texts: list[str], encoder: dict, batch_size: int, device: torch.device) -> torch.Tensor:
     """Embed texts with a fitted or named encoder, then its PCA where it has one; (N, D)."""
     x = encode_lsa(texts, encoder) if encoder["name"] == "lsa" else encode_hf(texts, encoder, batch_size, device)
-    return project(x, encoder) if "pca_mean" in encoder else x
+    return (x - encoder["pca_mean"]) @ encoder["pca_components"] if "pca_mean" in encoder else x
 
 
 def fit_pca(x: torch.Tensor, dim: int) -> dict:
@@ -308,11 +301,6 @@ def fit_pca(x: torch.Tensor, dim: int) -> dict:
     mean = x.mean(0)
     _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))           # eigenvalues ascending
     return {"pca_mean": mean, "pca_components": vectors.flip(1)[:, :dim].contiguous()}
-
-
-def project(x: torch.Tensor, encoder: dict) -> torch.Tensor:
-    """Apply the PCA of fit_pca, (N, D) -> (N, dim)."""
-    return (x - encoder["pca_mean"]) @ encoder["pca_components"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,10 +331,9 @@ def assign(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torc
     """Nearest centroid of each row and the squared distance to it (eq. 2); (N, D), (K, D) -> (N,), (N,)."""
     rows = max(1, DISTANCE_BYTES // (4 * len(centroids)))               # bounded memory, whatever N is
     square = (centroids * centroids).sum(1)
-    parts = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows)]
-    codes = torch.cat([p.indices for p in parts])
-    distance = torch.cat([p.values for p in parts]) + (x * x).sum(1)
-    return codes, distance.clamp_min(0)
+    nearest = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows)]
+    distance, codes = (torch.cat(parts) for parts in zip(*nearest))
+    return codes, (distance + (x * x).sum(1)).clamp_min(0)
 
 
 def kmeans(x: torch.Tensor, k: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
@@ -383,11 +370,10 @@ def fit_codebook(x: torch.Tensor, num_levels: int, k: int, iterations: int, seed
         books.append(kmeans(x, k, iterations, generator))
         codes, _ = assign(x, books[-1])
         x = x - books[-1][codes]
-        counts = torch.bincount(codes, minlength=k).double()
+        counts = torch.bincount(codes).double()
         p = counts[counts > 0] / len(x)
-        print(f"level   {LEVELS[level]} | mse {float((x * x).sum(1).mean()):.4f} | codes in use "
-              f"{len(p)}/{k} | perplexity {float(torch.exp(-(p * p.log()).sum())):.1f} | "
-              f"largest cluster {int(counts.max())}")
+        print(f"level   {LEVELS[level]} | mse {float((x * x).sum(1).mean()):.4f} | codes in use {len(p)}/{k} | "
+              f"perplexity {float((-p * p.log()).sum().exp()):.1f} | largest cluster {int(counts.max())}")
     return torch.stack(books)
 
 
@@ -403,31 +389,39 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
     for row, (*prefix, _) in enumerate(codes.tolist()):
         rows_of.setdefault(tuple(prefix), []).append(row)
     for prefix, rows in sorted(rows_of.items()):
-        if len(set(codes[rows, -1].tolist())) == len(rows):
-            continue
-        members = np.array(rows)
-        distance = ((residuals[members, None] - book[codes[members, -1]][:, None]) ** 2).sum((1, 2))
-        members = members[np.lexsort((members, distance, members >= first_new))]
-        taken, movers = set(), []
-        for i in members:
-            if codes[i, -1] in taken and i >= first_new:
-                movers.append(i)
-            taken.add(int(codes[i, -1]))
-        free = np.setdiff1d(np.arange(len(book)), list(taken))
+        rows = np.array(rows)
+        distance = ((residuals[rows] - book[codes[rows, -1]]) ** 2).sum(1)
+        rows = rows[np.lexsort((distance, rows >= first_new))]          # the older first, then the nearer
+        taken, first = np.unique(codes[rows, -1], return_index=True)    # the first with a code keeps it
+        movers = [row for row in np.delete(rows, first) if row >= first_new]
+        free = np.setdiff1d(np.arange(len(book)), taken)
         if len(free) < len(movers):
             name = "".join(sid_token(level, code) for level, code in enumerate(prefix))
-            stop(f"prefix {name} has {len(members)} items but only {len(book)} last codes; "
+            stop(f"prefix {name} has {len(rows)} items but only {len(book)} last codes; "
                  "choose a larger --codebook-size or more --num-levels")
-        for i in movers:
-            pick = rng.integers(len(free)) if policy == "random" else (
-                ((residuals[i] - book[free]) ** 2).sum(1).argmin())
-            codes[i, -1], free = free[pick], np.delete(free, pick)
+        for row in movers:
+            distance = ((residuals[row] - book[free]) ** 2).sum(1)
+            pick = rng.integers(len(free)) if policy == "random" else distance.argmin()
+            codes[row, -1], free = free[pick], np.delete(free, pick)
     return codes
 
 
 def colliding(codes: np.ndarray) -> int:
     """Number of items beyond the first on each SID."""
     return len(codes) - len(np.unique(codes, axis=0))
+
+
+def give_sids(items: list[dict], x: torch.Tensor, centroids: torch.Tensor, args: argparse.Namespace,
+              old: list[dict] = ()) -> None:
+    """Write a free SID into every item's "sid", from its embedding; (N, D), (L, K, D). Those of `old` are taken."""
+    raw, residuals = (part.cpu().numpy() for part in quantize(x, centroids))
+    raw = np.concatenate([codes_of(old), raw]) if old else raw
+    residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals])
+    codes = resolve_collisions(raw, residuals, centroids[-1].cpu().numpy(), args.collision, args.seed, len(old))
+    print(f"collisions {colliding(raw)} of {len(raw)} items before, {colliding(codes)} after "
+          f"({args.collision} free last code)")
+    for item, row in zip(items, codes[len(old):].tolist()):
+        item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -483,8 +477,7 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
     if args.split == "official":
         if args.min_count > 1:
             stop("--min-count filters interactions.jsonl; an official split is used as it is")
-        split = {name: read_samples(Path(args.data) / f"{name}.jsonl", known)
-                 for name in ("train", "valid", "test")}
+        split = {name: read_samples(Path(args.data) / f"{name}.jsonl", known) for name in ("train", "valid", "test")}
     else:
         path = args.interactions or Path(args.data) / "interactions.jsonl"
         users = read_interactions(path, known, timed=args.split == "chronological")
@@ -509,16 +502,15 @@ def make_samples(args: argparse.Namespace, items: list[dict]) -> tuple[dict[str,
 def fetch(url: str, path: Path) -> None:
     """GET `url` to `path` through a part file named after the host's version of it; what that holds is not sent again.
 
-    RFC 9110, 13.1.5 and 14.2: with If-Range a host sends the rest of that version (206) or the whole file (200), and
-    the latter starts over. Checked by size and, where the host has it, by Content-MD5 (RFC 1864); an ETag is no
-    checksum, only some stores make it an MD5. Raises requests.RequestException where it fails or is cut.
+    RFC 9110, 13.1.5: with If-Range a host sends the rest of that version (206) or the whole file (200). Checked by
+    size and, where the host has it, Content-MD5 (RFC 1864). Raises requests.RequestException where it fails or is cut.
     """
     options = {"headers": {"Accept-Encoding": "identity"}, "timeout": TIMEOUT, "allow_redirects": True}
     with requests.head(url, **options) as reply:
         reply.raise_for_status()
         told = reply.headers
     size, version = int(told.get("Content-Length", 0)), told.get("ETag") or told.get("Last-Modified", "")
-    part, digest = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part"), hashlib.md5()
+    part = path.with_name(f"{path.name}.{zlib.crc32(version.encode()):08x}.part")
     have = part.stat().st_size if part.exists() else 0
     if 0 < have < size and version[:2] not in ("", "W/"):
         options["headers"] |= {"Range": f"bytes={have}-", "If-Range": version}
@@ -529,14 +521,11 @@ def fetch(url: str, path: Path) -> None:
         with open(part, "ab" if have else "wb") as file, tqdm(
                 desc=path.name, total=size or None, initial=have, unit="B", unit_scale=True, disable=None) as bar:
             for block in reply.iter_content(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-    if size and size != part.stat().st_size:
-        raise requests.ConnectionError(f"{part.stat().st_size} of {size} bytes arrived")
-    with open(part, "rb") as file:
-        while "Content-MD5" in told and (block := file.read(1 << 20)):
-            digest.update(block)
-    if told.get("Content-MD5") not in (None, base64.b64encode(digest.digest()).decode()):
+                bar.update(file.write(block))
+    have, md5 = part.stat().st_size, told.get("Content-MD5")
+    if size and size != have:
+        raise requests.ConnectionError(f"{have} of {size} bytes arrived")
+    if have and md5 and md5 != base64.b64encode(hashlib.md5(np.memmap(part, mode="r")).digest()).decode():
         part.unlink()
         stop(f"{url}: what arrived does not have the host's Content-MD5; run again to fetch it anew")
     os.replace(part, path)
@@ -575,11 +564,11 @@ def read_ratings(path: Path, args: argparse.Namespace):
     """Yield (user, item, time) of each rating inside the window, the time as in the dump."""
     dump = AMAZON[args.year]
     low, high = (args.since or 0) * dump["second"], (args.until or math.inf) * dump["second"]
-    # the header of 2023 becomes a rating from before any window
-    rows = read_dump(path, lambda line: (cells := line.replace("timestamp", "-1").split(","), int(cells[3])))
-    for cells, moment in rows:
-        if low <= moment < high:
-            yield cells[dump["user"]], cells[1 - dump["user"]], moment
+
+    def parse(line: str) -> tuple[str, str, int]:
+        cells = line.replace("timestamp", "-1").split(",")              # the header of 2023 is before any window
+        return cells[dump["user"]], cells[1 - dump["user"]], int(cells[3])
+    return (rating for rating in read_dump(path, parse) if low <= rating[2] < high)
 
 
 def plain(text) -> str:
@@ -656,8 +645,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--items", help="catalogue, instead of DATA/items.jsonl")
     flag("--interactions", help="interactions, instead of DATA/interactions.jsonl")
     flag("--sids", help="take the SIDs from this file ({item_id, sid} lines), collisions kept")
-    flag("--codebook", help="give SIDs from this codebook.pt to the new items in --items and append them to the "
-                            "run's catalogue; nothing that is there moves")
+    flag("--codebook", help="append the new items in --items to the run's, SIDs from this codebook.pt; nothing moves")
     flag = parser.add_argument_group("Amazon reviews").add_argument
     flag("--amazon", metavar="CATEGORY", help="make RUN/data from this category, as the host spells it, and read it")
     flag("--year", type=int, choices=AMAZON, default=2018, help="release of the reviews")
@@ -674,9 +662,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
     flag = parser.add_argument_group("quantizer").add_argument
     flag("--num-levels", type=int, default=3, help="L, codes per item")
-    flag("--codebook-size", type=int, default=0,
-         help="K, codes per level; 0: 256, or the largest power of two <= N / 12 if smaller")
-    flag("--iterations", type=int, default=100, help="most Lloyd iterations per level")
+    flag("--codebook-size", type=int, default=0, help="K, codes per level; 0: 256, or the largest 2^n <= N / 12")
     flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
     flag = parser.add_argument_group("samples").add_argument
     flag("--split", choices=("official", "leave-one-out", "chronological"),
@@ -689,8 +675,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for wrong, message in (
             (not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0,
              f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0"),
-            (min(args.batch_size, args.max_length, args.iterations) < 1 or args.dim < 0,
-             "--batch-size, --max-length and --iterations must be at least 1, --dim at least 0"),
+            (min(args.batch_size, args.max_length) < 1 or args.dim < 0,
+             "--batch-size and --max-length must be at least 1, --dim at least 0"),
             (args.codebook and not args.items, "--codebook encodes new items: name their file with --items"),
             (args.codebook and args.sids, "--codebook and --sids exclude each other"),
             (args.amazon and (args.data != parser.get_default("data") or args.items or args.interactions),
@@ -701,8 +687,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (not args.amazon_url.startswith("http"), "--amazon-url must begin with http")):
         if wrong:
             parser.error(message)
-    if args.amazon:
-        args.data = str(Path(args.run) / "data")
+    args.data = str(Path(args.run) / "data") if args.amazon else args.data
     args.min_count = args.min_count or (5 if args.amazon else 1)
     official = not args.interactions and (Path(args.data) / "train.jsonl").exists()
     args.split = args.split or ("official" if official else "leave-one-out")
@@ -716,17 +701,13 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
     twice = {item["item_id"] for item in old} & {item["item_id"] for item in new}
     if twice:
         stop(f"{args.items}: item_id {sorted(twice, key=str)[0]!r} has a SID already in {path}; leave it out")
-    book = load_pt(args.codebook, ("centroids", "encoder"))
-    centroids, encoder = book["centroids"], book["encoder"]
-    codes = codes_of(old)
-    if len(centroids) != codes.shape[1] or codes.max() >= centroids.shape[1]:
-        stop(f"{args.codebook} holds {centroids.shape[0]} x {centroids.shape[1]} codes, {path} needs "
-             f"{codes.shape[1]} x {codes.max() + 1}; name the run's own one")
-    fresh, residuals = quantize(encode([item_text(i) for i in new], encoder, args.batch_size, device), centroids)
-    codes = np.concatenate([codes, fresh.numpy()])
-    residuals = np.concatenate([np.zeros((len(old), residuals.shape[1]), np.float32), residuals.numpy()])
-    codes = resolve_collisions(codes, residuals, centroids[-1].numpy(), args.collision, args.seed, len(old))
-    spell_sids(new, codes[len(old):])
+    book, highest = load_pt(args.codebook, ("centroids", "encoder")), codes_of(old).max()
+    levels, k, _ = book["centroids"].shape
+    if levels != len(old[0]["sid"]) or k <= highest:
+        stop(f"{args.codebook} holds {levels} x {k} codes, {path} needs {len(old[0]['sid'])} x {highest + 1}; "
+             "name the run's own one")
+    x = encode([item_text(item) for item in new], book["encoder"], args.batch_size, device)
+    give_sids(new, x, book["centroids"], args, old)
     write_jsonl(path, old + new)
     print(f"wrote {path}: {len(old)} items as they were, {len(new)} new ones, e.g. "
           f"{new[0]['item_id']!r} {''.join(new[0]['sid'])} {new[0]['title']!r}")
@@ -746,43 +727,32 @@ def main() -> None:
     split, items = make_samples(args, items)
     print(f"device {device} | {len(items)} items | split {args.split}: "
           + ", ".join(f"{len(samples)} {name}" for name, samples in split.items()))
-
     if args.sids:
-        given, codebook = {str(r["item_id"]): r["sid"] for r in read_jsonl(args.sids, ("item_id", "sid"))}, None
+        given = {str(row["item_id"]): row["sid"] for row in read_jsonl(args.sids, ("item_id", "sid"))}
         for item in items:
             item["sid"] = given.get(str(item["item_id"]))
         check_sids(args.sids, items)
         print(f"SIDs from {args.sids}: collisions {colliding(codes_of(items))}, kept; no codebook.pt")
+        (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
     else:
         texts = [item_text(item) for item in items]
         encoder = fit_lsa(texts) if args.encoder == "lsa" else {
             "name": args.encoder, "pooling": args.pooling, "max_length": args.max_length}
         x = encode(texts, encoder, args.batch_size, device)
         if args.dim:
-            encoder.update(fit_pca(x, args.dim))
-            x = project(x, encoder)
+            encoder |= fit_pca(x, args.dim)
+            x = (x - encoder["pca_mean"]) @ encoder["pca_components"]
         k = args.codebook_size or min(256, 1 << max(1, len(items) // 12).bit_length() - 1)
         print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
-        centroids = fit_codebook(x.to(device), args.num_levels, k, args.iterations, args.seed)
-        raw, residuals = quantize(x.to(device), centroids)
-        raw = raw.cpu().numpy()
-        codes = resolve_collisions(raw, residuals.cpu().numpy(), centroids[-1].cpu().numpy(),
-                                   args.collision, args.seed)
-        print(f"collisions {colliding(raw)} of {len(items)} items before, {colliding(codes)} after "
-              f"({args.collision} free last code)")
-        spell_sids(items, codes)
-        codebook = {"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}
-
-    if codebook is None:
-        (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
-    else:
+        centroids = fit_codebook(x.to(device), args.num_levels, k, ITERATIONS, args.seed)
+        give_sids(items, x.to(device), centroids, args)
         with replacing(run / "codebook.pt") as temporary:
-            torch.save(codebook, temporary)
+            torch.save({"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}, temporary)
     for name, samples in split.items():
         write_jsonl(run / f"{name}.jsonl", samples)
     write_jsonl(run / "items.jsonl", items)
     print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
-    print(f"wrote {run}/items.jsonl, train.jsonl, valid.jsonl, test.jsonl" + (", codebook.pt" if codebook else ""))
+    print(f"wrote {run}/items.jsonl, train.jsonl, valid.jsonl, test.jsonl" + ("" if args.sids else ", codebook.pt"))
 
 
 if __name__ == "__main__":
