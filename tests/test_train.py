@@ -510,12 +510,13 @@ def test_geometry_equals_brute_force(kind):
 def test_align_holds_out_other_items_of_each_task():
     names = stage.STAR_ALIGN.split(",")
     tasks = {name: [stage.Example(name, [n], 0) for n in range(45)] for name in names}
-    train, valid = stage.split_examples(None, tasks, None, [], settings(stage="align"))
+    train, valid = stage.split_examples(tasks, settings(stage="align"))
     assert sorted(train + valid) == sorted(e for examples in tasks.values() for e in examples)
     held = {name: [e.ids[0] for e in valid if e.task == name] for name in names}
     assert held == {name: [n for n in range(45) if n % 20 == t] for t, name in enumerate(names)}
     everything = sum(held.values(), [])
     assert len(everything) == len(set(everything)) == 17
+    assert stage.split_examples(tasks, settings()) == ([e for examples in tasks.values() for e in examples], [])
 
 
 GEOMETRY = {"effective_rank": 2.0, "cosine": 0.5, "siblings": 0.25}
@@ -536,7 +537,7 @@ def scripted_fit(monkeypatch, losses: list[float], leave_at: int = 0, **changes)
         saves.append(at.step)
         if better:
             saved.append((at.step, {"valid_loss": at.best}))
-    finished = stage.fit(stage.ResponseLoss(random_model()), torch.optim.SGD([torch.zeros(1)]), ragged(20),
+    finished = stage.fit(stage.ResponseLoss(random_model()), torch.optim.SGD([torch.zeros(1)]), lambda epoch: ragged(20),
                          ragged(3), {"next": 1.0}, args, at, lambda: GEOMETRY, save)
     assert finished == (not leave_at) and steps == list(range(1, len(steps) + 1))
     assert at.log[0] == {"step": 0, **GEOMETRY}
