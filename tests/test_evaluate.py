@@ -492,7 +492,7 @@ def test_shared_sids(toy_data, tmp_path, capsys):
 
 def test_flags(capsys):
     args = parse_args([])
-    assert (args.run, args.num_beams, args.normalize, args.split) == ("runs/demo", 20, "trie", "test")
+    assert (args.run, args.num_beams, args.normalize, args.split) == ("runs/demo", None, "trie", "test")
     for wrong in (["--num-beams", "0"], ["--batch-tokens", "0"], ["--limit", "-1"], ["--split", "train"]):
         with pytest.raises(SystemExit) as stopped:
             parse_args(wrong)
