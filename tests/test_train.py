@@ -522,13 +522,14 @@ def test_align_holds_out_other_items_of_each_task():
 GEOMETRY = {"effective_rank": 2.0, "cosine": 0.5, "siblings": 0.25}
 
 
-def scripted_fit(monkeypatch, losses: list[float], leave_at: int = 0, **changes) -> tuple[list[tuple], list[dict], int]:
+def scripted_fit(monkeypatch, losses: list[float], leave_at: int = 0, norm: float = 0.5,
+                 **changes) -> tuple[list[tuple], list[dict], int]:
     """Run fit() with scripted validation losses and no training; what was saved as best, the log, evaluations held."""
     losses, saved, at, left, steps = iter(losses), [], stage.Progress(), len(losses), []
     sums = torch.zeros(len(stage.TASKS), 2)
     sums[list(stage.TASKS).index("next")] = torch.tensor([6.0, 4.0])
     monkeypatch.setattr(stage, "validation_loss", lambda *_: next(losses))
-    monkeypatch.setattr(stage, "train_step", lambda *_: steps.append(at.step) or (sums, 0.5))
+    monkeypatch.setattr(stage, "train_step", lambda *_: steps.append(at.step) or (sums, norm))
     monkeypatch.setattr(stage, "on_interrupt", lambda: lambda device: at.step == leave_at)
     args = settings(**{"batch_size": 4, "log_every": 10 ** 6, "save_every": 10 ** 6, **changes})
     saves = []
@@ -581,6 +582,16 @@ def test_saves_as_often_as_told_and_when_interrupted(monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, capsys):
     assert_stops(capsys, scripted_fit, monkeypatch, [2, math.nan, 1, 1], words=("step 10", "--lr"))
+    assert_stops(capsys, scripted_fit, monkeypatch, [2, 1], 0, math.nan, words=("gradient of step 1 ", "--lr"))
+
+
+def test_weights_that_the_loss_leaves_out_do_not_train():
+    """BERT's head transform; DistributedDataParallel would wait for its gradients."""
+    model = random_model("bert", is_decoder=True)
+    loss_of = stage.spread(model, 1, False)
+    loss_of(*stage.collate(ragged(), CPU)).mean().backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (p.grad is not None) == ("cls.predictions" not in name or "decoder.weight" in name)
 
 
 def test_learns_eight_examples_by_heart():

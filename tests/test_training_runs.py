@@ -52,7 +52,7 @@ def child(args: list[str], environment: dict[str, str], death: tuple | None) -> 
     """train.main() with these flags; `death` (signal, function, n) sends the signal at the function's n-th call."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())                    # the usual one is a semaphore: a killed process leaves it behind
+    tqdm.set_lock(threading.RLock())                    # the usual one, a semaphore, would outlive a killed process
     sys.argv, calls = ["train.py", *args], itertools.count(1)
     if death:
         number, name, count = death
