@@ -562,6 +562,7 @@ def main() -> None:
     else:
         print(f"stopped after update {at.step}: go on with --resume")
     if args.world > 1:
+        dist.barrier()                                  # see train.py
         dist.destroy_process_group()
     if not finished:
         sys.exit(130)

@@ -299,7 +299,7 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
 # ---------------------------------------------------------------------------------------------------------
 
 # 120 samples and 24 tokens in batches of 13: the last one has a single example, fewer than there are processes.
-SHARED = ("--tasks", "next,text2token:0.3", "--epochs", 1, "--batch-size", 13, "--warmup", 2, "--log-every", 1,
+SHARED = ("--dropout", 0, "--tasks", "next,text2token:0.3", "--epochs", 1, "--batch-size", 13, "--warmup", 2, "--log-every", 1,
           "--evals-per-epoch", 2, "--precision", "float32")
 
 
