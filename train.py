@@ -29,7 +29,7 @@ Differs from the papers
      instructions are cut to DESCRIPTION_WORDS.
 
 Examples
-  python train.py                                                  # the demo, 4 minutes on two cores
+  python train.py                                                  # the demo, minutes on two cores
   python train.py --stage align                                    # STAR, then: --from runs/demo/align.pt
   python train.py --tasks next,title2sid,sid2title                 # LC-Rec style: no TS-Align
   torchrun --nproc-per-node 8 -- train.py --run runs/qwen          # Qwen2.5-1.5B on GPUs: the paper's settings
