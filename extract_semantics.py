@@ -507,10 +507,11 @@ def post(url: str, key: str, body: dict, timeout: float) -> tuple[int, str, str]
     return status, text.replace(key, "***") if key else text, response.headers.get("Retry-After", "")
 
 
-def post_chat(url: str, key: str, chat: list[dict], args: argparse.Namespace, halt: threading.Event) -> tuple | None:
+def post_chat(url: str, key: str, chat: list[dict], args: argparse.Namespace, halt: threading.Event,
+              answered: threading.Event) -> tuple | None:
     """The answer and "", or "" and why none came in TRIES tries; None once `halt` is set, as Refused sets it here.
 
-    Time-outs, cut lines, 429 and 5xx may pass; any other status will not.
+    Time-outs, cut lines, 429 and 5xx may pass, unless the server has never `answered`; any other status will not.
     """
     wait, body = 0, {"model": args.teacher_model, "messages": chat}
     for attempt in range(TRIES):
@@ -518,12 +519,16 @@ def post_chat(url: str, key: str, chat: list[dict], args: argparse.Namespace, ha
             return None
         status, text, retry_after = post(url, key, body, args.timeout)
         if status == 200:
+            answered.set()
             return text, ""
         problem = f"{status or 'no answer'}: {' '.join(text.split())[:300]}"
         if status != 429 and 0 < status < 500:
             halt.set()
             raise Refused(f"{url} says {problem}")
         wait = waiting_time(attempt, retry_after)
+    if not answered.is_set():
+        halt.set()                              # here, before this worker could begin the next question
+        raise Refused(f"{url}: {problem}, {TRIES} times")
     return "", problem
 
 
@@ -532,20 +537,16 @@ def http_teacher(args: argparse.Namespace) -> Callable:
     url, key = args.base_url.rstrip("/") + "/chat/completions", os.environ.get(args.api_key_env, "").strip()
     if not re.fullmatch("[!-~]*", key):
         stop(f"the key in ${args.api_key_env} holds blanks or letters that no key has; set it again")
-    answered = False
+    answered = threading.Event()
 
     def ask(chats: dict[str, list[dict]]) -> Iterator[tuple[str, str, str]]:
-        nonlocal answered
         halt, pool = threading.Event(), ThreadPoolExecutor(args.workers)
         try:
-            futures = {pool.submit(post_chat, url, key, chat, args, halt): name for name, chat in chats.items()}
+            futures = {pool.submit(post_chat, url, key, chat, args, halt, answered): name
+                       for name, chat in chats.items()}
             for future in as_completed(futures):
                 if future.result():
-                    text, failure = future.result()
-                    if failure and not answered:
-                        raise Refused(f"{url}: {failure}, {TRIES} times")
-                    answered = True
-                    yield futures.pop(future), text, failure
+                    yield (futures.pop(future), *future.result())
         except (Refused, KeyboardInterrupt):    # what has come meanwhile is not lost
             yield from ((name, *future.result()) for future, name in futures.items()
                         if future.done() and not future.exception() and future.result())
