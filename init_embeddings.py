@@ -21,6 +21,7 @@ Differs from the paper
 Examples
   python init_embeddings.py                                             # the demo, 1 to 2 minutes on two cores
   python init_embeddings.py --run runs/qwen --backbone Qwen/Qwen2.5-1.5B --sa-norm vocab
+  python init_embeddings.py --backbone runs/demo/init.pt --init mean --out runs/demo/init_mean.pt    # same weights
 """
 import argparse
 import hashlib
@@ -339,12 +340,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--out", help="instead of RUN/init.pt")
     init = parser.add_argument_group("initialisation of the SID rows")
     init.add_argument("--init", choices=("sa", "mean", "gaussian"), default="sa",
-                      help="keyword mean (eq. 9), mean of vocabulary (STAR eq. 1), or N(mu, Sigma) of the pretrained rows")
+                      help="keyword mean (eq. 9), mean of vocabulary (STAR eq. 1), N(mu, Sigma) of the pretrained rows")
     init.add_argument("--sa-depth", type=int, help="SA-Init on the first n levels, gaussian below; default: all")
     init.add_argument("--sa-norm", choices=("none", "vocab", "centered"), default="centered",
                       help="eq. 9 as printed, rescaled to the vocabulary's mean norm, or centered and rescaled")
     model = parser.add_argument_group("backbone")
-    model.add_argument("--backbone", default="tiny", help="tiny, or a Hugging Face causal LM by name or folder")
+    model.add_argument("--backbone", default="tiny", help="tiny, a Hugging Face causal LM by name or folder, or an "
+                       "earlier checkpoint (.pt), whose SID rows are made anew")
     model.add_argument("--width", type=int, default=192, help="tiny: hidden size, a multiple of 32")
     model.add_argument("--layers", type=int, default=4, help="tiny: number of layers")
     model.add_argument("--vocab-size", type=int, default=6000, help="tiny: pieces of the BPE")
@@ -373,13 +375,17 @@ def main() -> None:
     if args.init == "sa":
         read_jsonl(semantics, ("token", "keywords"))                    # before the minute of pretraining
 
-    if args.backbone == "tiny":
+    kind = args.backbone
+    if kind == "tiny":
         model, tokenizer = build_tiny([item_text(item) for item in items], args, device)
+    elif kind.endswith(".pt"):
+        model, tokenizer, checkpoint = load_model(kind, device)
+        kind = checkpoint["args"]["backbone"]
     else:
-        model, tokenizer = load_backbone(args.backbone, device)
+        model, tokenizer = load_backbone(kind, device)
     check_head(model, args.backbone)
-    text_rows = len(tokenizer)                                          # rows before this are pretrained
     ids = extend_vocabulary(model, tokenizer, num_levels, codebook_size)
+    text_rows = int(ids.min())                                          # rows before this are pretrained
     check_tokens(tokenizer, ids)
 
     keyword_ids = read_keywords(Path(semantics), tokenizer, set(used)) if args.init == "sa" else {}
@@ -403,7 +409,7 @@ def main() -> None:
     out = args.out or run / "init.pt"
     save_model(out, model, tokenizer, {"num_levels": num_levels, "codebook_size": codebook_size,
                                        "num_items": len(items), "digest": sid_digest(items)},
-               stage="init", args=vars(args), step=0, metrics={})
+               stage="init", args={**vars(args), "backbone": kind}, step=0, metrics={})
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
           f"{weight.shape[0]} rows, {args.backbone} backbone")
 

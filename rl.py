@@ -49,7 +49,8 @@ from evaluate import (Trie, beam_search, build_trie, expand, name_items, rank_me
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
 from tokenize_items import codes_of, load_pt, read_catalogue, read_samples, stop, write_jsonl
 from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, join_processes, learning_rate, length_batches,
-                   on_interrupt, prompt_ids, read_data, recommends_by, resume, save_progress, task_pairs)
+                   on_interrupt, parse_weights, prompt_ids, read_data, recommends_by, resume, save_progress,
+                   task_pairs)
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts of a prompt, L levels, K codes per level, M most
 # children of a node, N items, D width.
@@ -423,17 +424,8 @@ def read_valid(tokenizer, items: list[dict], args: argparse.Namespace) -> tuple[
 
 
 def parse_rewards(text: str) -> dict[str, float]:
-    """Read names with optional weights: "hit:1,rank,semantic:0.1"."""
-    mix = {}
-    for part in text.split(","):
-        name, _, weight = part.partition(":")
-        if name not in REWARDS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a reward; choose from {', '.join(REWARDS)}")
-        try:
-            mix[name] = float(weight or 1)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r}: a weight is a number, as in {name}:0.5") from None
-    return mix
+    """Rewards and their weights in the mix: "hit:1,rank,semantic:0.1"."""
+    return parse_weights(text, REWARDS, "reward")
 
 
 def parse_sid_tasks(text: str) -> str:

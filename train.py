@@ -15,7 +15,7 @@ Every task is a template that turns data into (instruction, response); the loss 
 Reads   RUN/init.pt (or --from), RUN/items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl (for TS-Align),
         queries.jsonl (for search)
 Writes  RUN/align.pt or sft.pt, the weights with the lowest validation loss; RUN/sft_log.jsonl; while it runs,
-        RUN/sft_resume.pt
+        RUN/sft_resume.pt; with --keep, RUN/sft_00236.pt and so on, the weights at every validation
 
 Differs from the papers
   1. The loss is the mean over the supervised tokens of a whole batch, however it is cut into micro-batches and
@@ -43,7 +43,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -603,20 +603,25 @@ def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[E
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
-def parse_tasks(text: str) -> dict[str, float]:
-    """Read task names with optional weights of their supervised tokens: "next,sid2title:0.1"."""
-    tasks = {}
+def parse_weights(text: str, known: Iterable[str], kind: str) -> dict[str, float]:
+    """Read names with optional weights: "next,sid2title:0.1"."""
+    weights = {}
     for part in text.split(","):
         name, _, weight = part.partition(":")
-        if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a task; choose from {', '.join(TASKS)}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a {kind}; choose from {', '.join(known)}")
         try:
-            tasks[name] = float(weight or 1)
+            weights[name] = float(weight or 1)
         except ValueError:
-            tasks[name] = 0.0
-        if not 0 < tasks[name] < math.inf:
+            weights[name] = 0.0
+        if not 0 < weights[name] < math.inf:
             raise argparse.ArgumentTypeError(f"{part!r}: a weight is a number above 0, as in {name}:0.5")
-    return tasks
+    return weights
+
+
+def parse_tasks(text: str) -> dict[str, float]:
+    """Tasks and the weight of each of their supervised tokens."""
+    return parse_weights(text, TASKS, "task")
 
 
 def show_example(tokenizer, example: Example) -> None:
@@ -662,6 +667,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument("--patience", type=int, default=3, help="stop after so many validations without a better loss")
     loop.add_argument("--log-every", type=int, default=100, help="updates per log line")
     loop.add_argument("--save-every", type=int, default=500, help="updates between saves for --resume")
+    loop.add_argument("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
     loop.add_argument("--seed", type=int, default=42, help="seed of data order, templates, adapters and dropout")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
@@ -840,9 +846,12 @@ def main() -> None:
 
     def save(better: bool) -> None:
         state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if better and args.rank == 0:
-            save_model(out, model, tokenizer, sid, merge_lora(model, dict(state[0])), stage=args.stage,
-                       args={**vars(args), "backbone": args.backbone}, step=at.step, metrics={"valid_loss": at.best})
+        last = at.log[-1]
+        validated = last["step"] == at.step and "valid_loss" in last
+        wanted = [out] * better + [out.with_name(f"{out.stem}_{at.step:05d}.pt")] * (args.keep and validated)
+        for path in wanted if args.rank == 0 else []:
+            save_model(path, model, tokenizer, sid, merge_lora(model, dict(state[0])), stage=args.stage,
+                       args=vars(args), step=at.step, metrics={"valid_loss": last["valid_loss"]})
         if args.rank == 0:
             write_jsonl(log_path, at.log)
         save_progress(resume_path, state, at, args)

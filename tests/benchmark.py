@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluate import Trie, beam_search, build_trie, expand  # noqa: E402
 from init_embeddings import autocast, load_model, sid_token_ids  # noqa: E402
 from rl import tree_log_probs, trie_paths  # noqa: E402
-from tokenize_items import assign, codes_of, kmeans, pick_device, read_catalogue, read_samples  # noqa: E402
+from tokenize_items import (assign, codes_of, kmeans, pick_device, read_catalogue, read_samples,  # noqa: E402
+                            seed_centroids)
 from train import (PRESETS, Example, ResponseLoss, collate, length_batches, make_optimizer, parse_args,  # noqa: E402
                    prompt_ids, recommends_by, task_pairs, train_step)
 
@@ -345,7 +346,7 @@ def bench_trie(bench: Bench, count: int, users: int, beams: int, rows: int) -> N
 
 
 def bench_kmeans(bench: Bench, count: int, width: int, k: int) -> None:
-    """K-means++ and at most 20 rounds of Lloyd's algorithm, on clusters that overlap."""
+    """At most 20 rounds of Lloyd's algorithm from the same k-means++ start, on clusters that overlap."""
     try:
         from sklearn.cluster import KMeans
     except ImportError:
@@ -355,10 +356,14 @@ def bench_kmeans(bench: Bench, count: int, width: int, k: int) -> None:
          + torch.randn(count, width, generator=g)).to(bench.device)
     host = x.cpu().numpy()
     title = f"K-means {count:,} x {width}, K={k}"
-    found = bench.race(title, {
-        "ours": lambda: kmeans(x, k, 20, torch.Generator().manual_seed(0)),
-        "scikit-learn Lloyd": lambda: torch.from_numpy(KMeans(
-            k, n_init=1, max_iter=20, tol=0, algorithm="lloyd", random_state=0).fit(host).cluster_centers_)})
+
+    def theirs() -> torch.Tensor:
+        start = seed_centroids(x, k, torch.Generator().manual_seed(0)).cpu().numpy()
+        fitted = KMeans(k, init=start, n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit(host)
+        return torch.from_numpy(fitted.cluster_centers_)
+
+    found = bench.race(title, {"ours": lambda: kmeans(x, k, 20, torch.Generator().manual_seed(0)),
+                               "scikit-learn Lloyd": theirs})
     for name, centroids in found.items():
         bench.note(title, name, f"mean squared error {assign(x, centroids.to(x))[1].mean():.3f}")
 
