@@ -474,3 +474,21 @@ def test_flags(capsys):
         with pytest.raises(SystemExit) as stopped:
             parse_args(wrong)
         assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_backbone_may_be_an_earlier_checkpoint(run):
+    """The text rows of init.pt, other SID rows: the same file as pretraining again would give."""
+    size = ["--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 10]
+    call(init_embeddings, "--run", run, "--init", "gaussian", "--backbone", run / "sft.pt", "--out", run / "from_sft.pt")
+    call(init_embeddings, "--run", run, "--init", "gaussian", "--backbone", run / "init.pt", "--out", run / "short.pt")
+    call(init_embeddings, "--run", run, "--init", "gaussian", *size, "--out", run / "long.pt")
+    short, long, other = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("short", "long", "from_sft"))
+    assert short["tokenizer"] == long["tokenizer"] and short["args"]["backbone"] == "tiny"
+    assert short["weights"].keys() == long["weights"].keys()
+    assert all(torch.equal(short["weights"][name], weight) for name, weight in long["weights"].items())
+    assert not torch.equal(other["weights"]["model.norm.weight"], long["weights"]["model.norm.weight"])
+
+
+def test_backbone_checkpoint_that_is_none(run, capsys):
+    assert_stops(capsys, call, init_embeddings, "--run", run, "--backbone", run / "none.pt", words=("none.pt",))
+    assert_stops(capsys, call, init_embeddings, "--run", run, "--backbone", run / "codebook.pt", words=("codebook.pt",))

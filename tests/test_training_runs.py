@@ -356,3 +356,13 @@ def test_one_by_32_equals_four_by_8(run, tmp_path, monkeypatch):
     call(stage, *flags, "--out", tmp_path / "four.pt")
     assert 4 in pieces and max(pieces) <= 5                             # validation: 40 in five
     assert_close(tmp_path / "four.pt", tmp_path / "one.pt")
+
+
+def test_keep_leaves_the_weights_of_every_validation(run):
+    call(stage, "--run", run, "--epochs", 2, "--warmup", 2, "--keep", "--evals-per-epoch", 2, "--out", run / "k.pt")
+    losses = {row["step"]: row["valid_loss"] for row in log_of(run / "k.pt") if "valid_loss" in row}
+    kept = {checkpoint(path)["step"]: checkpoint(path) for path in sorted(run.glob("k_?????.pt"))}
+    assert len(losses) >= 4 and {step: c["metrics"]["valid_loss"] for step, c in kept.items()} == losses
+    best = checkpoint(run / "k.pt")
+    assert best["metrics"]["valid_loss"] == min(losses.values())
+    assert all(torch.equal(kept[best["step"]]["weights"][name], w) for name, w in best["weights"].items())
