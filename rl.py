@@ -60,7 +60,7 @@ GAUGED = ["HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10"]
 
 # Settings that depend on the backbone, in one place. "hf" is MiniOneRec's script.
 PRESETS = {
-    "hf": dict(epochs=2, lr=1e-5, batch_size=64, warmup=50, clip=0.3, eval_every=100, micro_tokens=16384),
+    "hf": dict(epochs=2, lr=1e-5, batch_size=64, warmup=50, clip=0.3, eval_every=100, micro_tokens=4096),
     "tiny": dict(epochs=1, lr=3e-5, batch_size=64, warmup=5, clip=1.0, eval_every=30, micro_tokens=4096),
 }
 

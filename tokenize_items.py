@@ -124,7 +124,7 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 def load_pt(path: str | Path, keys: tuple[str, ...]) -> dict:
     """Load one of the project's .pt files, a dict with at least `keys`; stops at anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # read as needed
         if all(key in content for key in keys):
             return content
     except FileNotFoundError:

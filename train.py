@@ -122,7 +122,7 @@ STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2tex
 # Settings that depend on backbone and stage, in one place. "hf" is TS-Rec's section 5.1.4, "align" STAR's A.4.
 PRESETS = {
     "hf": dict(tasks=TS_REC, epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20, dropout=0.0, weight_decay=0.0,
-               evals_per_epoch=4, max_response=256, micro_tokens=16384),
+               evals_per_epoch=4, max_response=256, micro_tokens=4096),
     "tiny": dict(tasks="next_brief,sequence:0.5,basket:0.5,title2sid,sid2title:0.1,text2token,token2text:0.1", epochs=6,
                  lr=1.5e-3, beta2=0.95, batch_size=64, warmup=100, dropout=0.1, weight_decay=0.01, evals_per_epoch=1,
                  max_response=128, micro_tokens=3072),
@@ -410,7 +410,7 @@ def spread(model, world: int, fsdp: bool) -> torch.nn.Module:
         for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
             fully_shard(layer, mesh=mesh)
         return fully_shard(loss, mesh=mesh)
-    return DistributedDataParallel(loss) if world > 1 else loss
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True) if world > 1 else loss
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:

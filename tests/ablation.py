@@ -408,7 +408,7 @@ def other_tables(wanted: list[str], runners: list[Runner]) -> list[str]:
 
 TABLES = {"tsrec": ["full", "no_sa", "no_align", "neither"], "depth": ["no_sa", "depth1", "depth2", "full"],
           "inits": ["no_sa", "mean", "printed", "vocab", "full", "aligned"],
-          "star": ["neither", "star", "aligned", "full"],
+          "star": ["neither", "star", "full"],
           "search": ["full", "search", "star", "star_search"], "scaling": ["full", "neither"], "rl": [],
           "comprehension": ["full", "no_sa", "no_align", "neither"], "cold": [], "teachers": []}
 TITLES = {"tsrec": "TS-Rec table 3: what SA-Init and TS-Align add", "inits": "Initialisations",
