@@ -511,7 +511,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     show = parser.add_argument_group("in words and pictures")
     show.add_argument("--show", type=int, default=0, help="print so many users' recommendations")
     show.add_argument("--history", help="comma-separated item_ids: print ten recommendations and stop")
-    show.add_argument("--plot", metavar="DIR", help="draw curves, spectra, cosine and pca, a PNG each, and stop")
+    show.add_argument("--plot", metavar="DIR",
+                      help="draw the run's losses and embeddings into DIR, four PNGs, and stop; needs matplotlib")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
     if args.history and args.task and TASKS[args.task].source != "samples":
