@@ -10,7 +10,8 @@ the tasks whose response is one (SID comprehension: TS-Rec, section 5.5, 5 beams
 
 Reads   RUN/sft.pt (or --checkpoint), RUN/items.jsonl, RUN/test.jsonl (or valid), RUN/train.jsonl (yardsticks),
         RUN/queries.jsonl (search), RUN/semantics.jsonl (meanings of tokens, where it exists)
-Writes  RUN/metrics.jsonl (appended), RUN/predictions.jsonl
+Writes  RUN/metrics.jsonl (appended), RUN/predictions.jsonl; with --plot DIR instead DIR/curves.png (validation losses
+        of RUN/*_log.jsonl), spectra.png, cosine.png and pca.png (rows of RUN/init*.pt, align*.pt, the checkpoint)
 
 Differs from the papers
   1. A hit is the target item. Where SIDs collide, the items of one SID follow each other in catalogue order; the
@@ -25,6 +26,7 @@ Examples
   python evaluate.py --show 3                                      # and three of them in words
   python evaluate.py --history 12,55,89                            # ten recommendations for that history
   python evaluate.py --task title2sid                              # comprehension, ACC1 (sid2title: ACC2)
+  python evaluate.py --plot runs/demo/figures                      # losses and embeddings drawn (needs matplotlib)
 """
 import argparse
 import json
@@ -41,13 +43,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
-from tokenize_items import (codes_of, parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples, stop,
-                            write_jsonl)
-from train import TASKS, check_lengths, length_batches, prompt_ids, read_queries, recommends_by, task_rows
+from tokenize_items import (codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples,
+                            replacing, stop, write_jsonl)
+from train import (TASKS, check_lengths, find_parents, geometry, length_batches, prompt_ids, read_queries,
+                   recommends_by, task_rows)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
 # node, N items, D width.
 CUTOFFS = (1, 3, 5, 10, 20, 50)
+HEAT_MAP_ROWS = 50                      # of text and of SID tokens each (STAR, figure 5)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")     # Okabe and Ito, but yellow
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -370,6 +375,115 @@ def show_user(sample: dict, ranked: list, scores: list[float], items: dict, mean
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Figures (--plot): matplotlib is needed here only
+# ---------------------------------------------------------------------------------------------------------
+
+def read_rows(path: Path, items: list[dict], names: list[str]) -> dict[str, torch.Tensor]:
+    """Rows of a checkpoint's input matrix: of all text tokens (V, D), of the words that titles use most (n, D), and of
+    the SID tokens `names` (n, D)."""
+    model, tokenizer, checkpoint = load_model(path, torch.device("cpu"), items)
+    rows, sid = model.get_input_embeddings().weight.detach().float(), checkpoint["sid"]
+    pieces = tokenizer([item["title"] for item in items], add_special_tokens=False).input_ids
+    used = Counter(i for ids in pieces for i in ids).most_common()
+    common = [i for i, _ in used if tokenizer.decode([i]).strip().isalpha()][:HEAT_MAP_ROWS]
+    return {"text": rows[:int(sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).min())],
+            "common": rows[common], "sid": rows[tokenizer.convert_tokens_to_ids(names)]}
+
+
+def draw_lines(figure, lines: dict[str, tuple], marker: str = "", heading: str = "", **labels) -> None:
+    """A line per name, {name: (xs, ys)}; the names stand at the right."""
+    axes = figure.subplots()
+    for number, (name, (xs, ys)) in enumerate(lines.items()):
+        axes.plot(xs, ys, marker=marker, label=name, color=COLOURS[number % 7],
+                  linestyle=("-", "--", ":")[number // 7 % 3])
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title=heading)
+
+
+def draw_curves(figure, logs: dict[str, list[dict]]) -> None:
+    """Validation loss against update, a line per log (TS-Rec, figure 4); --stage align has examples of its own."""
+    lines = {name: ([row["step"] for row in rows], [row["valid_loss"] for row in rows]) for name, rows in logs.items()}
+    draw_lines(figure, lines, marker=".", title="Validation loss", xlabel="update", ylabel="nats per supervised token")
+
+
+def draw_spectra(figure, spaces: dict[Path, dict], parents: list[set]) -> None:
+    """Singular values of the SID rows in use, the largest set to 1, and their effective rank (STAR, figure 2)."""
+    lines = {}
+    for path, rows in spaces.items():
+        values, rank = torch.linalg.svdvals(rows["sid"]), geometry(rows["sid"], parents)["effective_rank"]
+        lines[f"{path.stem}: {rank:.1f}"] = range(1, len(values) + 1), (values / values[0]).tolist()
+    draw_lines(figure, lines, heading="effective rank", title="Singular values of the SID rows in use",
+               xlabel="place in descending order", ylabel="relative to the largest", yscale="log",
+               ylim=(1e-3, 1.3))                                        # less is rounding errors
+
+
+def draw_cosine(figure, pair: dict[Path, dict], levels: list[int]) -> None:
+    """Cosines between the rows of words that titles use most and SID rows of all levels (STAR, figure 5)."""
+    figure.set_size_inches(6 * len(pair), 5)
+    count = min(HEAT_MAP_ROWS, len(levels))
+    chosen = [n * len(levels) // count for n in range(count)]                        # evenly spaced
+    for axes, (path, rows) in zip(np.ravel(figure.subplots(1, len(pair))), pair.items()):
+        unit = F.normalize(torch.cat([rows["common"], rows["sid"][chosen]]), dim=1)
+        image = axes.imshow((unit @ unit.T).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        blocks = {"text": len(rows["common"]), **Counter(f"level {levels[n] + 1}" for n in chosen)}
+        sizes = np.array(list(blocks.values()))
+        for edge in sizes.cumsum()[:-1] - 0.5:
+            axes.axhline(edge, color="black", linewidth=1)
+            axes.axvline(edge, color="black", linewidth=1)
+        middles = sizes.cumsum() - sizes / 2 - 0.5
+        axes.set(title=path.name, xticks=middles, xticklabels=blocks, yticks=middles, yticklabels=blocks)
+    figure.suptitle("Cosine between text rows and SID rows")
+    figure.colorbar(image, ax=figure.axes, label="cosine")
+
+
+def draw_pca(figure, pair: dict[Path, dict], levels: list[int]) -> None:
+    """Text rows and SID rows on the two principal axes of both together (TS-Rec, figure 1; STAR, figure 2)."""
+    figure.set_size_inches(6 * len(pair), 5.5)
+    for axes, (path, rows) in zip(np.ravel(figure.subplots(1, len(pair))), pair.items()):
+        both = torch.cat([rows["text"], rows["sid"]])
+        pca = fit_pca(both, 2)
+        points = (both - pca["pca_mean"]) @ pca["pca_components"]                    # (V + n, 2)
+        share = points.square().sum(0) / (both - pca["pca_mean"]).square().sum()
+        text, sid = points.numpy()[:-len(levels)], points.numpy()[-len(levels):]
+        axes.scatter(*text.T, s=3, color="0.75", label="text tokens")
+        for level in sorted(set(levels)):
+            axes.scatter(*sid[np.array(levels) == level].T, s=18, color=COLOURS[level % 7], marker="o^sDvP*"[level % 7],
+                         label=f"SID tokens, level {level + 1}")
+        axes.set(title=path.name, xlabel=f"axis 1: {share[0]:.0%} of the variance",
+                 ylabel=f"axis 2: {share[1]:.0%} of the variance")
+    figure.suptitle("Embedding rows on their two principal axes")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(pair))
+
+
+def plot(args: argparse.Namespace, path: Path, items: list[dict]) -> None:
+    """Draw what the run's files hold, a PNG per figure, into the folder that --plot names."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        stop(f"--plot draws with matplotlib, which cannot be imported ({error}); pip install matplotlib")
+    run, parents = Path(args.run), find_parents(items)
+    names = sorted(parents, key=parse_sid_token)
+    levels = [parse_sid_token(name)[0] for name in names]
+    logs = {p.stem.removesuffix("_log"): [row for row in read_jsonl(p, ("step",)) if "valid_loss" in row]
+            for p in sorted(run.glob("*_log.jsonl"))}
+    found = [p for p in (*sorted(run.glob("init*.pt")), *sorted(run.glob("align*.pt"))) if "_resume" not in p.stem]
+    spaces = {p: read_rows(p, items, names) for p in dict.fromkeys([*found, path])}
+    pair = {p: spaces[p] for p in (run / "init.pt", path) if p in spaces}
+    for name, draw, *what in (("curves", draw_curves, {name: rows for name, rows in logs.items() if rows}),
+                              ("spectra", draw_spectra, spaces, [parents[n] for n in names]),
+                              ("cosine", draw_cosine, pair, levels), ("pca", draw_pca, pair, levels)):
+        if not what[0]:
+            print(f"no validation loss in {run}/*_log.jsonl: no {name}.png")
+            continue
+        figure, out = Figure(figsize=(8, 5), dpi=150, layout="constrained"), Path(args.plot) / f"{name}.png"
+        draw(figure, *what)
+        with replacing(out) as temporary:
+            figure.savefig(temporary, format="png")
+        print(f"wrote {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
@@ -394,9 +508,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="never recommend an item of the history; the data repeat items, so figures may drop")
     search.add_argument("--batch-tokens", type=int, default=16384, help="prompt tokens per batch, padding included")
     search.add_argument("--limit", type=int, default=0, help="only the first so many samples; 0 for all")
-    show = parser.add_argument_group("in words")
+    show = parser.add_argument_group("in words and pictures")
     show.add_argument("--show", type=int, default=0, help="print so many users' recommendations")
     show.add_argument("--history", help="comma-separated item_ids: print ten recommendations and stop")
+    show.add_argument("--plot", metavar="DIR",
+                      help="draw the run's losses and embeddings into DIR, four PNGs, and stop; needs matplotlib")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
     if args.history and args.task and TASKS[args.task].source != "samples":
@@ -525,6 +641,8 @@ def main() -> None:
     device = pick_device(args.device)
     items = read_catalogue(Path(args.run) / "items.jsonl")
     path = Path(args.checkpoint or Path(args.run) / "sft.pt")
+    if args.plot:
+        return plot(args, path, items)
     model, tokenizer, checkpoint = load_model(path, device, items)
     if device.type == "cuda":
         model.to(torch.bfloat16)                                        # scores are still computed in float32
