@@ -97,6 +97,8 @@ def shop(run, finished_run, toy_data, monkeypatch):
     re.sub(r" --(run runs/\w+|seed \d+)", "", command) for command in COMMANDS if is_light(command)))
 def test_commands_run(command, shop, capsys):
     script, words = split_up(command.replace("12,55,89", "12,55,8"))    # the toy shop has 60 items
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
     name = script.removesuffix(".py")
     if name == "tokenize_items" and not {"--data", "--codebook"} & set(words):
         words += ["--data", "FOLDER"]
