@@ -288,11 +288,11 @@ def make_all(jobs: list[tuple[Runner, str]], at_once: int) -> list[str]:
 # ---- the tables ----
 
 def cell(values: list[float], digits: int = 4) -> str:
-    """Mean, and the standard deviation over seeds."""
+    """Mean, and the standard deviation over seeds where they differ."""
     values = [v for v in values if v is not None]
     if not values:
         return ""
-    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    spread = f" ({statistics.stdev(values):.{digits}f})" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
