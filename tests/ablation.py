@@ -442,7 +442,7 @@ def print_tables(wanted: list[str], runners: list[Runner], out: Path) -> None:
 
 # ---- command line ----
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="runs/ablation", help="folder of all runs")
     parser.add_argument("--data", help="as for tokenize_items.py; default: the demo")
@@ -452,12 +452,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="steps at a time, each with its share of the cores")
     parser.add_argument("--device", default="", help="cpu, cuda, ...")
     parser.add_argument("--print", action="store_true", help="print what is there, run nothing")
-    for stage in ("init", "align", "train", "rl"):
-        parser.add_argument(f"--{stage}", default="", help=f'more flags for the stage, as in --{stage}="--seed 1"')
-    args = parser.parse_args()
-    wanted = args.tables.split(",")
-    if set(wanted) - set(TABLES):
+    parser.add_argument("--init", default="", help='more flags for init_embeddings.py, as in --init="--width 512"')
+    parser.add_argument("--align", default="", help="more flags for train.py --stage align")
+    parser.add_argument("--train", default="", help="more flags for train.py")
+    parser.add_argument("--rl", default="", help="more flags for rl.py")
+    args = parser.parse_args(argv)
+    if set(args.tables.split(",")) - set(TABLES):
         parser.error(f"--tables: choose from {', '.join(TABLES)}")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    wanted = args.tables.split(",")
     if not (Path(args.data or "") / "official_semantics.jsonl").exists():
         wanted = [table for table in wanted if table != "teachers"]
     runners = []

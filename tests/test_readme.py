@@ -15,6 +15,7 @@ import torch
 from torch.distributed.run import parse_args as parse_torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ablation
 import evaluate
 import extract_semantics
 from conftest import ROOT, call, write_lines
@@ -50,7 +51,7 @@ def split_up(command: str) -> tuple[str, list[str]]:
 def is_light(command: str) -> bool:
     """Can a test run it as it is, but for sizes?"""
     words = shlex.split(command)
-    script = words[0] == "sha256sum" or words[0] == "python" and words[1] != "-m"
+    script = words[0] == "sha256sum" or words[0] == "python" and words[1] != "-m" and not words[1].startswith("tests/")
     return script and (TOO_MUCH.isdisjoint(words) or "--dry-run" in words)
 
 
@@ -60,6 +61,8 @@ def test_every_command_is_understood(command, monkeypatch):
     script, words = split_up(command)
     if script.removesuffix(".py") in STAGES:
         assert importlib.import_module(script.removesuffix(".py")).parse_args(words)
+    elif script == "tests/ablation.py":
+        assert ablation.parse_args(words)
     elif script:
         assert all(f'"{word}"' in SOURCES[script] for word in words if word.startswith("-"))
     elif words[0] == ".":                                               # an environment made before
