@@ -849,10 +849,10 @@ def main() -> None:
         last = at.log[-1]
         validated = last["step"] == at.step and "valid_loss" in last
         wanted = [out] * better + [out.with_name(f"{out.stem}_{at.step:05d}.pt")] * (args.keep and validated)
-        for path in wanted if args.rank == 0 else []:
-            save_model(path, model, tokenizer, sid, merge_lora(model, dict(state[0])), stage=args.stage,
-                       args=vars(args), step=at.step, metrics={"valid_loss": last["valid_loss"]})
         if args.rank == 0:
+            for path in wanted:
+                save_model(path, model, tokenizer, sid, merge_lora(model, dict(state[0])), stage=args.stage,
+                           args=vars(args), step=at.step, metrics={"valid_loss": last["valid_loss"]})
             write_jsonl(log_path, at.log)
         save_progress(resume_path, state, at, args)
 

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,9 +58,12 @@ ARMS = {
     "search": ("TS-Rec, search task", "sa", True, ",search", False),
     "star_search": ("STAR: mean, align, sft, search task", "mean", False, ",search", True),
 }
-RL = {"rl": "", "rl_beam": "--rollout beam", "rl_rank": "--reward hit:1,rank:1",
-      "rl_minionerec": "--rollout beam --reward hit:1,rank:1", "rl_policy": "--weights policy"}
+# name: (the arm it starts from, flags)
+RL = {"rl_neither": ("neither", ""), "rl_full": ("full", ""), "rl_beam_full": ("full", "--rollout beam"),
+      "rl_rank_full": ("full", "--reward hit:1,rank:1"), "rl_policy_full": ("full", "--weights policy"),
+      "rl_minionerec_full": ("full", "--rollout beam --reward hit:1,rank:1")}
 SHARES = (10, 25, 50)
+SPLITS = ("valid", "test")
 
 
 class Step(NamedTuple):
@@ -93,7 +96,7 @@ def training_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, 
         steps[f"sft_{name}"] = Step(
             f"train.py --run {run} --seed {seed} --from {run}/{start}.pt --out {run}/sft_{name}.pt --resume "
             f"--tasks {tasks_of(args, ts_align, more)} {'--keep ' * (name in TABLES['depth'])}{args.train}", (start,))
-        for split in ("valid", "test"):
+        for split in SPLITS:
             steps[f"{split}_{name}"] = evaluation(run, f"sft_{name}", f"{split}_{name}", f"--split {split}")
         for task in ("title2sid", "sid2title", "search"):
             steps[f"{task}_{name}"] = evaluation(run, f"sft_{name}", f"{task}_{name}", f"--task {task} --limit 2000")
@@ -112,16 +115,13 @@ def evaluation(run: Path, checkpoint: str, name: str, flags: str, pattern: str =
 def rl_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, Step]:
     """GRPO from two starts, and from the better one with other rollouts, rewards and weights."""
     steps = {}
-    for start, kind in [("neither", "rl"), *(("full", kind) for kind in RL)]:
-        name = f"{kind}_{start}"
+    for name, (start, flags) in RL.items():
         steps[name] = Step(f"rl.py --run {run} --seed {seed} --from {run}/sft_{start}.pt --out {run}/{name}.pt "
-                           f"--resume {RL[kind]} {args.rl}", (f"sft_{start}",))
-        for split in ("valid", "test"):
-            steps[f"{split}_{name}"] = evaluation(run, name, f"{split}_{name}", f"--split {split} --num-beams 50")
-    for start in ("neither", "full"):
-        for split in ("valid", "test"):
-            steps[f"{split}50_{start}"] = evaluation(run, f"sft_{start}", f"{split}50_{start}",
-                                                     f"--split {split} --num-beams 50")
+                           f"--resume {flags} {args.rl}", (f"sft_{start}",))
+    for name, checkpoint in {**{name: name for name in RL}, "neither": "sft_neither", "full": "sft_full"}.items():
+        for split in SPLITS:
+            steps[f"{split}50_{name}"] = evaluation(run, checkpoint, f"{split}50_{name}",
+                                                    f"--split {split} --num-beams 50")
     return steps
 
 
@@ -136,7 +136,7 @@ def scaling_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
             steps[out] = Step(f"train.py --run {part} --seed {seed} --from {run}/init_{init}.pt --out {run}/{out}.pt "
                               f"--resume --tasks {tasks_of(args, ARMS[name][2], '')} {args.train}",
                               (f"share{share}", f"init_{init}"))
-            for split in ("valid", "test"):
+            for split in SPLITS:
                 steps[f"{split}_{name}_{share}"] = evaluation(run, out, f"{split}_{name}_{share}", f"--split {split}")
     return steps
 
@@ -170,7 +170,7 @@ def teacher_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
                                      ("init_sa", f"semantics_{name}"))
         steps[f"sft_{name}"] = Step(f"train.py {flags} --resume --tasks {tasks_of(args, True, '')} {args.train}",
                                     (f"init_{name}",))
-        for split in ("valid", "test"):
+        for split in SPLITS:
             metrics = f"{run}/{split}_{name}.jsonl"
             steps[f"{split}_{name}"] = Step(f"evaluate.py --run {part} --split {split} --metrics {metrics}",
                                             (f"sft_{name}",))
@@ -179,8 +179,8 @@ def teacher_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
 
 def cut_users(run: Path, part: Path, share: int, seed: int) -> None:
     """A run whose train.jsonl holds all samples of `share` % of the users; everything else is the same."""
+    part.mkdir(exist_ok=True)
     for name in ("items.jsonl", "semantics.jsonl", "codebook.pt", "valid.jsonl", "test.jsonl"):
-        part.mkdir(exist_ok=True)
         shutil.copy(run / name, part / name)
     train = read_jsonl(run / "train.jsonl", ())
     users = sorted({s["user_id"] for s in train})
@@ -302,7 +302,7 @@ def markdown(title: str, heads: list[str], rows: list[list[str]]) -> str:
     return f"\n### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def ranking_row(label: str, name: str, runners: list[Runner], heads: tuple[str, ...]) -> list[str]:
+def ranking_row(label: str, name: str, runners: list[Runner], heads: Sequence[str]) -> list[str]:
     """One arm in a table: figures named `valid X` from its validation, the others from its test."""
     out = [label]
     for head in heads:
@@ -324,8 +324,8 @@ def yardstick_rows(name: str, runners: list[Runner], heads: tuple[str, ...]) -> 
     return out
 
 
-def from_log(runner: Runner, name: str, figure: str, which: Callable) -> float | None:
-    """A figure of a training's log: which(values in order)."""
+def from_log(runner: Runner, name: str, figure: str, which: Callable):
+    """Of a figure in a training's log: which(values in order); None where there are none."""
     path = runner.run / f"sft_{name}_log.jsonl"
     values = [row[figure] for row in read_jsonl(path, ()) if figure in row] if runner.is_done(f"sft_{name}") else []
     return which(values) if values else None
@@ -359,8 +359,7 @@ def depth_table(names: list[str], runners: list[Runner]) -> str:
     rows = []
     for name in names:
         for figure, values in (
-                ("valid loss", [[row["valid_loss"] for row in read_jsonl(r.run / f"sft_{name}_log.jsonl", ())
-                                 if "valid_loss" in row] for r in runners if r.is_done(f"sft_{name}")]),
+                ("valid loss", [from_log(r, name, "valid_loss", list) for r in runners]),
                 ("valid HR@5", [[row["HR@5"] for row in r.rows(f"along_{name}") if row["method"].startswith("sft_")]
                                 for r in runners])):
             points = [statistics.mean(at) for at in zip(*filter(None, values))]
@@ -374,25 +373,26 @@ def other_tables(wanted: list[str], runners: list[Runner]) -> list[str]:
     """RL, comprehension, search, scaling, cold start, teachers."""
     out = []
     if "rl" in wanted:
-        heads = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10", "valid NDCG@10", "valid HR@50")
-        starts = [[ARMS[s][0], *ranking_row("", s, [r for r in runners], tuple(
-            h.replace("valid ", "valid50 ") if h.startswith("valid") else f"test50 {h}" for h in heads))[1:]]
-            for s in ("neither", "full")]
-        after = [ranking_row(f"{ARMS[s][0]} + RL {RL[kind]}".strip(), f"{kind}_{s}", runners, heads)
-                 for s, kind in [("neither", "rl"), *(("full", kind) for kind in RL)]]
-        out.append(markdown("TS-Rec table 4: SFT against SFT + RL, 50 beams", ["test", *heads], starts + after))
+        heads = [f"{split}50 {figure}" for split, figures in (
+            ("test", ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")), ("valid", ("NDCG@10", "HR@50")))
+            for figure in figures]
+        rows = [ranking_row(ARMS[name][0], name, runners, heads) for name in ("neither", "full")]
+        rows += [ranking_row(f"{ARMS[start][0]} + RL {flags}".strip(), name, runners, heads)
+                 for name, (start, flags) in RL.items()]
+        out.append(markdown("TS-Rec table 4: SFT against SFT + RL, 50 beams",
+                            ["", *(head.replace("50 ", " ") for head in heads)], rows))
     if "comprehension" in wanted:
         heads = ("title2sid HR@1", "title2sid HR@5", "sid2title accuracy", "sid2title accuracy_any",
                  "sid2title token_f1")
         out.append(markdown("TS-Rec figure 5: comprehension, 5 beams", ["", *heads], [
-            ranking_row(ARMS[n][0], n, runners, heads) for n in ("full", "no_sa", "no_align", "neither")]))
+            ranking_row(ARMS[n][0], n, runners, heads) for n in TABLES["comprehension"]]))
     if "search" in wanted:
         heads = ("search HR@5", "search HR@10", "search NDCG@5", "search NDCG@10", "HR@10", "NDCG@10")
         out.append(markdown("STAR table 2: search, and the next item beside it", ["", *heads], [
-            ranking_row(ARMS[n][0], n, runners, heads) for n in ("full", "search", "star", "star_search")]))
+            ranking_row(ARMS[n][0], n, runners, heads) for n in TABLES["search"]]))
     if "scaling" in wanted:
         rows = [ranking_row(f"{ARMS[n][0]}, {share} % of the users", n + (f"_{share}" if share < 100 else ""), runners,
-                            RANKING) for share in (*SHARES, 100) for n in ("full", "neither")]
+                            RANKING) for share in (*SHARES, 100) for n in TABLES["scaling"]]
         out.append(markdown("STAR figure 3: data scaling (yardsticks as in the first table)", ["", *RANKING], rows))
     if "cold" in wanted:
         heads = ("HR@5", "HR@10", "HR@50", "NDCG@10")
@@ -421,13 +421,11 @@ def targets_of(table: str) -> list[str]:
              "comprehension": ["title2sid", "sid2title"]}.get(table, ["valid", "test"])
     names = [f"{kind}_{arm}" for arm in TABLES[table] for kind in kinds]
     if table == "scaling":
-        names += [f"{split}_{arm}_{share}" for share in SHARES for arm in TABLES[table] for split in ("valid", "test")]
+        names += [f"{split}_{arm}_{share}" for share in SHARES for arm in TABLES[table] for split in SPLITS]
     if table == "rl":
-        names += [f"{split}50_{start}" for start in ("neither", "full") for split in ("valid", "test")]
-        names += [f"{split}_{kind}_{s}" for s, kind in [("neither", "rl"), *(("full", k) for k in RL)]
-                  for split in ("valid", "test")]
+        names += [f"{split}50_{name}" for name in ("neither", "full", *RL) for split in SPLITS]
     return names + {"cold": ["test_cold"], "teachers": [f"{split}_{name}" for name in ("tfidf", "llm")
-                                                        for split in ("valid", "test")]}.get(table, [])
+                                                        for split in SPLITS]}.get(table, [])
 
 
 def print_tables(wanted: list[str], runners: list[Runner], out: Path) -> None:
