@@ -45,8 +45,8 @@ from tqdm import tqdm
 from init_embeddings import autocast, load_model, sid_token_ids
 from tokenize_items import (codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples,
                             replacing, stop, write_jsonl)
-from train import (TASKS, check_lengths, find_parents, geometry, length_batches, prompt_ids, read_queries,
-                   recommends_by, task_rows)
+from train import (TASKS, check_lengths, check_output, find_parents, geometry, length_batches, prompt_ids,
+                   read_meanings, read_queries, recommends_by, task_rows, within)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a
 # node, N items, D width.
@@ -157,6 +157,16 @@ def tree_mask(lengths: torch.Tensor, width: int, ancestors: list[torch.Tensor], 
     return torch.cat(parts, -1)[:, None]
 
 
+def prefill(model, prompts: list[list[int]], precision: str = "auto") -> tuple:
+    """Read the prompts, once; their keys and values, lengths (B,), and hidden states of the last tokens (B, 1, D)."""
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(model.device)     # zeros behind
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+    with autocast(model.device, precision):
+        out = model.base_model(input_ids=ids, use_cache=True)                        # (B, T, D)
+    last = torch.arange(len(prompts), device=model.device), lengths - 1
+    return out.past_key_values, lengths, out.last_hidden_state[last][:, None]
+
+
 @torch.no_grad()
 def beam_search(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int]], num_beams: int,
                 normalize: str = "trie", allowed: torch.Tensor | None = None, sample: torch.Generator | None = None,
@@ -175,15 +185,11 @@ def beam_search(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int
     if sample is not None and normalize != "trie":
         raise ValueError('sampling needs normalize="trie": at "level" the trie\'s SIDs do not sum to one')
     device, num_levels = trie.codes[0].device, len(trie.codes)
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)      # (B, T), zeros behind
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
     head = model.get_output_embeddings().weight
     counts = None if allowed is None else F.pad(
         allowed.to(device).cumsum(1, dtype=torch.int32), (1, 0)).expand(len(prompts), -1)
 
-    with autocast(device):
-        out = model.base_model(input_ids=ids, use_cache=True)
-    hidden = out.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1][:, None]  # (B, 1, D)
+    cache, lengths, hidden = prefill(model, prompts)
     nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
     scores = torch.zeros(len(prompts), 1, device=device)
     perturbed = scores if sample is None else add_gumbel(scores, sample)
@@ -202,11 +208,10 @@ def beam_search(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[int
         ancestors = [a.gather(1, parent) for a in ancestors] + [torch.arange(beams, device=device).expand_as(nodes)]
         slots.append(beams)
         with autocast(device):
-            out = model.base_model(
-                input_ids=sid_ids[level][trie.codes[level][nodes]], past_key_values=out.past_key_values,
-                attention_mask=tree_mask(lengths, ids.shape[1], ancestors, slots),
-                position_ids=(lengths[:, None] + level).expand_as(nodes), use_cache=True)
-        hidden = out.last_hidden_state                                               # (B, W, D)
+            hidden = model.base_model(
+                input_ids=sid_ids[level][trie.codes[level][nodes]], past_key_values=cache, use_cache=True,
+                attention_mask=tree_mask(lengths, max(map(len, prompts)), ancestors, slots),
+                position_ids=(lengths[:, None] + level).expand_as(nodes)).last_hidden_state      # (B, W, D)
 
 
 def leaf_filter(trie: Trie, excluded: list[list[int]]) -> torch.Tensor:
@@ -253,13 +258,9 @@ def decode_texts(model, prompts: list[list[int]], num_beams: int, max_tokens: in
     sums of log-probabilities, not divided by lengths.
     """
     head, width = model.get_output_embeddings().weight, max(map(len, prompts))
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(head.device)
-    lengths = torch.tensor([len(p) for p in prompts], device=head.device)
-    with autocast(head.device):
-        out = model.base_model(input_ids=ids, use_cache=True)
-    hidden = out.last_hidden_state[torch.arange(len(prompts), device=head.device), lengths - 1][:, None]
+    cache, lengths, hidden = prefill(model, prompts)
     scores = torch.zeros(len(prompts), 1, device=head.device)
-    texts = ids.new_zeros(len(prompts), 1, 0)                                        # (B, W, step)
+    texts = lengths.new_zeros(len(prompts), 1, 0)                                    # (B, W, step)
     seen = torch.zeros(len(prompts), 1, 0, dtype=torch.bool, device=head.device)     # (B, W, slots)
     prompt = (torch.arange(width, device=head.device) < lengths[:, None])[:, None]   # (B, 1, T)
     for step in range(max_tokens):
@@ -276,9 +277,9 @@ def decode_texts(model, prompts: list[list[int]], num_beams: int, max_tokens: in
         seen = torch.cat([seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2])), own], -1)
         mask = torch.cat([prompt.expand(-1, token.shape[1], -1), seen], -1)[:, None]
         with autocast(head.device):
-            out = model.base_model(input_ids=token, past_key_values=out.past_key_values, attention_mask=mask,
-                                   position_ids=(lengths[:, None] + step).expand_as(token), use_cache=True)
-        hidden = out.last_hidden_state
+            hidden = model.base_model(
+                input_ids=token, past_key_values=cache, attention_mask=mask, use_cache=True,
+                position_ids=(lengths[:, None] + step).expand_as(token)).last_hidden_state
     return [[text[:text.index(eos)] if eos in text else text for text in beams] for beams in texts.tolist()]
 
 
@@ -499,26 +500,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--metrics", help="instead of RUN/metrics.jsonl")
     files.add_argument("--predictions", help="instead of RUN/predictions.jsonl")
     search = parser.add_argument_group("search")
-    search.add_argument("--num-beams", type=int, help="W, SIDs kept per level and returned; default: 20, and 5 for "
-                        "tasks about single items and tokens")
+    search.add_argument("--num-beams", type=within(int, 1),
+                        help="W, SIDs kept per level and returned; default: 20, and 5 for tasks about single items and "
+                        "tokens")
     search.add_argument("--normalize", choices=("trie", "level"), default="trie",
                         help="what a level's probabilities sum to one over: a node's children, or all K codes")
     search.add_argument("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
     search.add_argument("--exclude-history", action="store_true",
                         help="never recommend an item of the history; the data repeat items, so figures may drop")
-    search.add_argument("--batch-tokens", type=int, default=16384, help="prompt tokens per batch, padding included")
-    search.add_argument("--limit", type=int, default=0, help="only the first so many samples; 0 for all")
+    search.add_argument("--batch-tokens", type=within(int, 1), default=16384,
+                        help="prompt tokens per batch, padding included")
+    search.add_argument("--limit", type=within(int, 0), default=0, help="only the first so many samples; 0 for all")
     show = parser.add_argument_group("in words and pictures")
-    show.add_argument("--show", type=int, default=0, help="print so many users' recommendations")
+    show.add_argument("--show", type=within(int, 0), default=0, help="print so many users' recommendations")
     show.add_argument("--history", help="comma-separated item_ids: print ten recommendations and stop")
     show.add_argument("--plot", metavar="DIR",
                       help="draw the run's losses and embeddings into DIR, four PNGs, and stop; needs matplotlib")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    if args.history and args.task and TASKS[args.task].source != "samples":
-        parser.error(f"--history asks for the next item; --task {args.task} reads none")
-    if args.num_beams is not None and args.num_beams < 1 or args.batch_tokens < 1 or args.limit < 0:
-        parser.error("--num-beams and --batch-tokens must be at least 1, --limit at least 0")
+    if args.history and args.task and (TASKS[args.task].source != "samples" or TASKS[args.task].text):
+        parser.error(f"--history asks for the next item, --task {args.task} does not")
     return args
 
 
@@ -556,7 +557,7 @@ def read_examples(args: argparse.Namespace, items: list[dict]) -> tuple[list[dic
     elif source == "queries":
         data["queries"] = read_queries(run / "queries.jsonl", known, "test")
     elif source == "tokens":
-        data["tokens"] = read_jsonl(run / "semantics.jsonl", ("token", "description"))
+        data["tokens"] = read_meanings(run / "semantics.jsonl", items)
     rows = task_rows(args.task, data)[:args.limit or None]
     if not rows:
         stop(f"--task {args.task}: this run has no examples of it")
@@ -646,12 +647,14 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(path, device, items)
     if device.type == "cuda":
         model.to(torch.bfloat16)                                        # scores are still computed in float32
-    args.task = args.task or recommends_by(checkpoint["args"].get("tasks") or "next")
+    args.task = args.task or recommends_by(checkpoint["args"])
     task = TASKS[args.task]
     args.num_beams = args.num_beams or (20 if task.source in ("samples", "queries") else 5)
     samples, instructions, responses = read_examples(args, items)
     prompts = prompt_ids(tokenizer, instructions)
     check_lengths(max(map(len, prompts)) + checkpoint["sid"]["num_levels"] - 1, model, "shorten the histories")
+    metrics = Path(args.metrics or Path(args.run) / "metrics.jsonl")
+    check_output(metrics)
 
     start = time.time()
     if task.text:
@@ -666,8 +669,6 @@ def main() -> None:
             "n": len(samples), "num_beams": args.num_beams, "exclude_history": args.exclude_history,
             "seconds": round(time.time() - start, 2)}
     print_table(rows := [{**base, **row} for row in rows])
-    metrics = Path(args.metrics or Path(args.run) / "metrics.jsonl")
-    metrics.parent.mkdir(parents=True, exist_ok=True)
     with open(metrics, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     print(f"wrote {metrics}")

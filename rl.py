@@ -30,6 +30,7 @@ Examples
 """
 import argparse
 import copy
+import hashlib
 import os
 import random
 import sys
@@ -41,16 +42,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from evaluate import (Trie, beam_search, build_trie, expand, name_items, rank_metrics, rank_of, search_all,
+from evaluate import (Trie, beam_search, build_trie, expand, name_items, prefill, rank_metrics, rank_of, search_all,
                       tree_mask)
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
 from tokenize_items import codes_of, load_pt, read_catalogue, read_samples, stop, write_jsonl
-from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, join_processes, learning_rate, length_batches,
-                   on_interrupt, parse_weights, prompt_ids, read_data, recommends_by, resume, save_progress,
-                   task_pairs)
+from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, check_output, data_digest, join_processes,
+                   learning_rate, length_batches, on_interrupt, parse_weights, prompt_ids, read_data,
+                   recommends_by, resume, save_progress, task_pairs, within)
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts of a prompt, L levels, K codes per level, M most
 # children of a node, N items, D width.
@@ -191,19 +191,16 @@ def tree_log_probs(model, trie: Trie, sid_ids: torch.Tensor, prompts: list[list[
     against the prompts' keys and values, which are held once per prompt. Equal to repeating each prompt G times.
     """
     device, (batch, group), depth = trie.codes[0].device, leaves.shape, len(trie.codes) - 1
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)      # (B, T), zeros behind
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
     path = trie_paths(trie, leaves)
     drafts = torch.cat([sid_ids[level][trie.codes[level][path[level]]] for level in range(depth)], 1)
     at = torch.arange(depth, device=device).repeat_interleave(group)                         # level of each draft
     own = torch.arange(group, device=device).repeat(depth)                                   # and its rollout
     ancestors = [torch.where(at >= level, own, -1).expand(batch, -1) for level in range(depth)]     # -1: none
+    cache, lengths, last = prefill(model, prompts, precision)
     with autocast(device, precision):
-        out = model.base_model(input_ids=ids, use_cache=True)
-        last = out.last_hidden_state[torch.arange(batch, device=device), lengths - 1][:, None]      # (B, 1, D)
         hidden = model.base_model(
-            input_ids=drafts, past_key_values=out.past_key_values, use_cache=True,
-            attention_mask=tree_mask(lengths, ids.shape[1], ancestors, [group] * depth),
+            input_ids=drafts, past_key_values=cache, use_cache=True,
+            attention_mask=tree_mask(lengths, max(map(len, prompts)), ancestors, [group] * depth),
             position_ids=lengths[:, None] + at).last_hidden_state                            # (B, G * (L-1), D)
     rows, log_probs = model.get_output_embeddings().weight[sid_ids].float(), []              # (L, K, D)
     for level, seen in enumerate((last, *hidden.split(group, 1))):
@@ -419,7 +416,7 @@ def read_valid(tokenizer, items: list[dict], args: argparse.Namespace) -> tuple[
     if 0 < args.eval_users < len(samples):
         samples = random.Random(args.seed).sample(samples, args.eval_users)
     samples = samples[args.rank::args.world]
-    pairs = task_pairs(recommends_by(args.tasks), {"items": items, "samples": samples})
+    pairs = task_pairs(args.recommends, {"items": items, "samples": samples})
     return prompt_ids(tokenizer, [prompt for prompt, _ in pairs]), [s["target"] for s in samples]
 
 
@@ -455,36 +452,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--reward", type=parse_rewards, default="hit:1", help=f"mix of {', '.join(REWARDS)}")
     method.add_argument("--rollout", choices=("sample", "beam"), default="sample",
                         help="G distinct SIDs: drawn without replacement, or the best beams")
-    method.add_argument("--group-size", type=int, default=16, help="G, rollouts per prompt")
-    method.add_argument("--temperature", type=float, default=1.0, help="of the policy that draws and learns")
+    method.add_argument("--group-size", type=within(int, 2), default=16, help="G, rollouts per prompt")
+    method.add_argument("--temperature", type=within(float, 1e-6), default=1.0,
+                        help="of the policy that draws and learns")
     method.add_argument("--weights", choices=("policy", "group"), default="group",
                         help="a rollout counts by the policy's probability (see above), or 1/G")
     method.add_argument("--advantage", choices=("std", "mean-only"), default="std", help="over the deviation or not")
-    method.add_argument("--kl-coef", type=float, default=1e-3, help="weight of the KL to the SFT model")
-    method.add_argument("--clip-eps", type=float, default=0.2, help="ratios beyond 1 -+ this earn nothing more")
-    method.add_argument("--updates-per-rollout", type=int, default=1, help="optimizer steps per batch; 1: on-policy")
+    method.add_argument("--kl-coef", type=within(float, 0), default=1e-3, help="weight of the KL to the SFT model")
+    method.add_argument("--clip-eps", type=within(float, 1e-6, 1), default=0.2,
+                        help="ratios beyond 1 -+ this earn nothing more")
+    method.add_argument("--updates-per-rollout", type=within(int, 1), default=1,
+                        help="optimizer steps per batch; 1: on-policy")
     preset = parser.add_argument_group("by backbone (see PRESETS)")
-    preset.add_argument("--epochs", type=int, help="passes over the prompts")
-    preset.add_argument("--lr", type=float, help="peak learning rate")
-    preset.add_argument("--batch-size", type=int, help="prompts per update, over all processes")
-    preset.add_argument("--warmup", type=int, help="updates of linear warm-up")
-    preset.add_argument("--clip", type=float, help="largest gradient norm")
-    preset.add_argument("--eval-every", type=int, help="updates between validations")
-    preset.add_argument("--micro-tokens", type=int, help="tokens per forward pass, padding included: memory only")
+    preset.add_argument("--epochs", type=within(int, 1), help="passes over the prompts")
+    preset.add_argument("--lr", type=within(float, 0), help="peak learning rate")
+    preset.add_argument("--batch-size", type=within(int, 1), help="prompts per update, over all processes")
+    preset.add_argument("--warmup", type=within(int, 0), help="updates of linear warm-up")
+    preset.add_argument("--clip", type=within(float, 0), help="largest gradient norm")
+    preset.add_argument("--eval-every", type=within(int, 1), help="updates between validations")
+    preset.add_argument("--micro-tokens", type=within(int, 1),
+                        help="tokens per forward pass, padding included: memory only")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
                       help="of the update, over float32 weights; fast: bf16 on CUDA and on CPUs that have it")
-    loop.add_argument("--patience", type=int, default=5, help="stop after so many validations without a better NDCG@10")
-    loop.add_argument("--eval-users", type=int, default=0, help="validate on so many users; 0 for all")
-    loop.add_argument("--log-every", type=int, default=10, help="updates per log line")
-    loop.add_argument("--seed", type=int, default=42, help="seed of the order of prompts and of the draws")
+    loop.add_argument("--patience", type=within(int, 1), default=5,
+                      help="stop after so many validations without a better NDCG@10")
+    loop.add_argument("--eval-users", type=within(int, 0), default=0, help="validate on so many users; 0 for all")
+    loop.add_argument("--log-every", type=within(int, 1), default=10, help="updates per log line")
+    loop.add_argument("--seed", type=within(int, 0, 2 ** 31), default=42,
+                      help="seed of the order of prompts and of the draws")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    for name in ("updates_per_rollout", "epochs", "batch_size", "eval_every", "micro_tokens", "patience", "log_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.group_size < 2 or args.temperature <= 0 or not 0 < args.clip_eps < 1:
-        parser.error("--group-size must be at least 2, --temperature above 0, --clip-eps between 0 and 1")
+    if args.rollout == "sample" and args.weights == "policy" and args.group_size < 3:
+        parser.error("--weights policy spends the last draw on a threshold: --group-size must be at least 3")
     return args
 
 
@@ -511,7 +511,11 @@ def main() -> None:
         if getattr(args, key) is None:
             setattr(args, key, value)
     shop = make_shop(items, tokenizer, sid, run / "codebook.pt" if "semantic" in args.reward else None, device)
-    args.tasks = args.tasks or recommends_by(checkpoint["args"].get("tasks") or "next")
+    args.recommends = recommends_by(checkpoint["args"])                 # by this it validates, whatever the prompts
+    args.tasks = args.tasks or args.recommends
+    args.data = data_digest(run)                                        # --resume goes on with no other,
+    args.reference = hashlib.sha256(model.get_input_embeddings().weight[shop.sid_ids].detach().cpu().numpy().tobytes()
+                                    ).hexdigest()[:16]                  # nor from another start
     names = args.tasks.split(",")
     train = read_prompts(tokenizer, names, read_data(run, items, names), shop.trie)
     prompts, targets = read_valid(tokenizer, items, args)
@@ -526,6 +530,7 @@ def main() -> None:
           f"{len(train)} prompts, {len(prompts)} validation users a process | {args.epochs} epochs of "
           f"{max(1, len(train) // args.batch_size)} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
+    check_output(out)
     log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
 
     def look() -> dict[str, float]:
@@ -543,6 +548,8 @@ def main() -> None:
         at = resume(resume_path, ResponseLoss(model), optimizer, args)
         print(f"going on after update {at.step}")
     else:
+        if args.resume:
+            print(f"no {resume_path}: starting from the beginning")
         first = {"step": 0, **look()}
         at = Progress(best=first["NDCG@10"], sums=torch.zeros(12, dtype=torch.float64), log=[first])
         print(f"the start | valid {show(first, GAUGED)}")

@@ -35,11 +35,13 @@ Examples
   torchrun --nproc-per-node 8 -- train.py --run runs/qwen          # Qwen2.5-1.5B on GPUs: the paper's settings
 """
 import argparse
+import hashlib
 import math
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,62 +61,64 @@ from tokenize_items import (check_known, load_pt, pick_device, read_catalogue, r
 # Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width, R rank.
 PROMPT = "{instruction}\n"
 DESCRIPTION_WORDS = 100                 # of a description inside an instruction
-SID_TASK, TEXT_TASK = False, True       # does a response end with EOS?
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # STAR, A.4
 
 
 class Task(NamedTuple):
-    """One task of the table: which data it reads, its templates, its response, and how the response ends."""
+    """One task of the table: which data it reads, its templates and its response."""
     source: str                         # "samples", "users", "items", "tokens" or "queries"
     instructions: tuple[str, ...]       # one is drawn per example
     response: str
-    text: bool
+
+    @property
+    def text(self) -> bool:
+        """Is the response words, which EOS ends, and not SID tokens, which need no end?"""
+        return "{title}" in self.response or "{description}" in self.response
 
 
 TASKS = {
     "next": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next possible "
-        "item that the user may expect?",), "{sid}", SID_TASK),
-    "next_brief": Task("samples", ("The user has interacted with items {history}",), "{sid}", SID_TASK),
-    "sequence": Task("users", ("The user has interacted with items",), "{sequence}", SID_TASK),
-    "basket": Task("users", ("The user has interacted with items, in any order",), "{basket}", SID_TASK),
-    "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}", SID_TASK),
-    "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}", TEXT_TASK),
+        "item that the user may expect?",), "{sid}"),
+    "next_brief": Task("samples", ("The user has interacted with items {history}",), "{sid}"),
+    "sequence": Task("users", ("The user has interacted with items",), "{sequence}"),
+    "basket": Task("users", ("The user has interacted with items, in any order",), "{basket}"),
+    "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}"),
+    "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}"),
     "next_title": Task("samples", (
         "The user has sequentially interacted with items {history}. Can you recommend the next item for him? Tell "
-        "me the title of the item.",), "{title}", TEXT_TASK),
+        "me the title of the item.",), "{title}"),
     "next_description": Task("samples", (
         "Please review the user's historical interactions: {history}, and describe what kind of item he still "
-        "needs.",), "{description}", TEXT_TASK),
+        "needs.",), "{description}"),
     "text2token": Task("tokens", (
         "Identify the specific SID token shared by items that exhibit the following scope and characteristics: "
-        '"{description}"',), "{token}", SID_TASK),
+        '"{description}"',), "{token}"),
     "token2text": Task("tokens", (
         'Describe the typical scope and shared features of items associated with the token: "{token}"',),
-        "{description}", TEXT_TASK),
-    "description2sid": Task("items", ("Can you tell me what item is described as {about}?",), "{sid}", SID_TASK),
-    "text2sid": Task("items", ("What item is called {title} and described as {about}?",), "{sid}", SID_TASK),
-    "name_item": Task("items", ("Could you please tell me what item {sid} is called?",), "{title}", TEXT_TASK),
-    "describe_item": Task("items", ("Briefly describe item {sid}.",), "{description}", TEXT_TASK),
-    "sid2text": Task("items", ("What is the title and description of item {sid}?",), "{title}\n\n{description}",
-                     TEXT_TASK),
+        "{description}"),
+    "description2sid": Task("items", ("Can you tell me what item is described as {about}?",), "{sid}"),
+    "text2sid": Task("items", ("What item is called {title} and described as {about}?",), "{sid}"),
+    "name_item": Task("items", ("Could you please tell me what item {sid} is called?",), "{title}"),
+    "describe_item": Task("items", ("Briefly describe item {sid}.",), "{description}"),
+    "sid2text": Task("items", ("What is the title and description of item {sid}?",), "{title}\n\n{description}"),
     "retrieve": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next possible "
         "item that the user may expect?",
         "Based on the items that the user has interacted with: {history}, can you determine what item would be "
         "recommended to the user next?",
         "Here is the item interaction history of the user: {history}, what to recommend to the user next?"),
-        "{sid}", SID_TASK),
+        "{sid}"),
     "titles2sid": Task("samples", (
         "The user has bought items with these titles, in chronological order: {titles}. Which item comes next?",),
-        "{sid}", SID_TASK),
+        "{sid}"),
     "search": Task("queries", (
         "As a recommender system, you are assisting a user who expresses a desire to obtain an item with the "
         "following characteristics: {query}. Please recommend an item that meets these criteria.",
         "The user wants a new item and searches for: {query}. Please select a suitable item that matches the "
         "search intent.",
         "Based on the user's current query {query}, please generate an item that matches the user's intent."),
-        "{sid}", SID_TASK),
+        "{sid}"),
 }
 TS_REC = "next,title2sid,sid2title,next_title,next_description,text2token,token2text"
 STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
@@ -135,10 +139,11 @@ PRESETS = {
 # Prompts and examples: used by training, evaluation and RL alike
 # ---------------------------------------------------------------------------------------------------------
 
-def recommends_by(tasks: str) -> str:
-    """The task by which a model trained on `tasks` recommends: the first that turns a history of SIDs into a SID."""
-    names = [name for name in parse_tasks(tasks) if "{history}" in TASKS[name].instructions[0] and not TASKS[name].text]
-    return [*names, "next"][0]
+def recommends_by(trained: dict) -> str:
+    """The task by which a model trained with these arguments recommends: what its training says (rl.py's does), or of
+    its tasks the first that turns a history of SIDs into a SID."""
+    names = parse_tasks(trained.get("recommends") or trained.get("tasks") or "next")
+    return next((n for n in names if "{history}" in TASKS[n].instructions[0] and not TASKS[n].text), "next")
 
 
 def task_fields(source: str, data: dict, rng: random.Random) -> list[dict]:
@@ -603,6 +608,16 @@ def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[E
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
+def within(kind: type, low: float, below: float = math.inf) -> Callable:
+    """An argparse type: low <= number < below."""
+    def read(text: str) -> float:
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below}")
+        return kind(text)
+    read.__name__ = kind.__name__
+    return read
+
+
 def parse_weights(text: str, known: Iterable[str], kind: str) -> dict[str, float]:
     """Read names with optional weights: "next,sid2title:0.1"."""
     weights = {}
@@ -624,10 +639,14 @@ def parse_tasks(text: str) -> dict[str, float]:
     return parse_weights(text, TASKS, "task")
 
 
-def show_example(tokenizer, example: Example) -> None:
-    """Print one rendered example with its supervised tokens between >> and <<."""
-    text = tokenizer.decode(example.ids[:example.start]) + ">>" + tokenizer.decode(example.ids[example.start:]) + "<<"
-    print(f"example {example.task:>16} | {text!r}")
+def show_task(tokenizer, name: str, examples: list[Example], weight: float) -> bool:
+    """Print a task's size and its first example, the supervised tokens between >> and <<; has it any?"""
+    print(f"task {name:>16} | {len(examples)} examples | {sum(len(e.ids) for e in examples)} tokens | "
+          f"{sum(len(e.ids) - e.start for e in examples)} supervised, weight {weight:g}")
+    for e in examples[:1]:
+        text = f"{tokenizer.decode(e.ids[:e.start])}>>{tokenizer.decode(e.ids[e.start:])}<<"
+        print(f"example {name:>13} | {text!r}")
+    return bool(examples)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -643,41 +662,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method (default: by backbone and stage, see PRESETS)")
     method.add_argument("--tasks", help=f"comma-separated, of {', '.join(TASKS)}; "
                         "name:0.5 gives each supervised token of a task that weight")
-    method.add_argument("--epochs", type=int, help="passes over all examples")
-    method.add_argument("--lr", type=float, help="peak learning rate")
-    method.add_argument("--beta2", type=float, help="AdamW's second moment decay")
-    method.add_argument("--batch-size", type=int, help="examples per update, of all processes together")
-    method.add_argument("--warmup", type=int, help="updates of linear warm-up")
-    method.add_argument("--dropout", type=float, help="share of embeddings and residual branches dropped")
-    method.add_argument("--weight-decay", type=float, help="AdamW's, on matrices")
-    method.add_argument("--evals-per-epoch", type=int, help="validations per epoch")
-    method.add_argument("--max-response", type=int, help="tokens kept of a text response")
-    method.add_argument("--micro-tokens", type=int,
+    method.add_argument("--epochs", type=within(int, 1), help="passes over all examples")
+    method.add_argument("--lr", type=within(float, 0), help="peak learning rate")
+    method.add_argument("--beta2", type=within(float, 0, 1), help="AdamW's second moment decay")
+    method.add_argument("--batch-size", type=within(int, 1), help="examples per update, of all processes together")
+    method.add_argument("--warmup", type=within(int, 0), help="updates of linear warm-up")
+    method.add_argument("--dropout", type=within(float, 0, 1), help="share of embeddings and residual branches dropped")
+    method.add_argument("--weight-decay", type=within(float, 0), help="AdamW's, on matrices")
+    method.add_argument("--evals-per-epoch", type=within(int, 1), help="validations per epoch")
+    method.add_argument("--max-response", type=within(int, 1), help="tokens kept of a text response")
+    method.add_argument("--micro-tokens", type=within(int, 1),
                         help="tokens per forward pass, padding included: memory only, the update is the same")
     lora = parser.add_argument_group("low-rank adapters (STAR: 8, 32, 0.05); the SID rows train in full")
-    lora.add_argument("--lora", type=int, default=0, metavar="R", help="rank; 0: train all weights")
-    lora.add_argument("--lora-alpha", type=float, default=32, help="adapters count alpha / R")
-    lora.add_argument("--lora-dropout", type=float, default=0.05, help="share of an adapter's input dropped")
+    lora.add_argument("--lora", type=within(int, 0), default=0, metavar="R", help="rank; 0: train all weights")
+    lora.add_argument("--lora-alpha", type=within(float, 0), default=32, help="adapters count alpha / R")
+    lora.add_argument("--lora-dropout", type=within(float, 0, 1), default=0.05,
+                      help="share of an adapter's input dropped")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
                       help="arithmetic over float32 weights; fast: bf16 on CUDA and on CPUs that have it")
     loop.add_argument("--fsdp", action="store_true", help="under torchrun: cut weights and optimizer into shards")
     loop.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
-    loop.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    loop.add_argument("--patience", type=int, default=3, help="stop after so many validations without a better loss")
-    loop.add_argument("--log-every", type=int, default=100, help="updates per log line")
-    loop.add_argument("--save-every", type=int, default=500, help="updates between saves for --resume")
+    loop.add_argument("--clip", type=within(float, 0), default=1.0, help="largest gradient norm")
+    loop.add_argument("--patience", type=within(int, 1), default=3,
+                      help="stop after so many validations without a better loss")
+    loop.add_argument("--log-every", type=within(int, 1), default=100, help="updates per log line")
+    loop.add_argument("--save-every", type=within(int, 1), default=500, help="updates between saves for --resume")
     loop.add_argument("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
-    loop.add_argument("--seed", type=int, default=42, help="seed of data order, templates, adapters and dropout")
+    loop.add_argument("--seed", type=within(int, 0, 2 ** 32), default=42,
+                      help="seed of data order, templates, adapters and dropout")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    counts = ("epochs", "batch_size", "evals_per_epoch", "max_response", "micro_tokens", "patience", "log_every",
-              "save_every")
-    for name in counts:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= (args.dropout or 0) < 1 or not 0 <= args.lora_dropout < 1 or args.lora < 0:
-        parser.error("--dropout and --lora-dropout must be at least 0 and less than 1, --lora at least 0")
     if args.lora and args.stage == "align" or args.fsdp and (args.lora or args.stage == "align"):
         parser.error("--stage align, --lora and --fsdp exclude each other: gradients of shards cannot be masked by row")
     if args.fsdp and "RANK" not in os.environ:
@@ -693,6 +708,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def fill_in(args: argparse.Namespace, backbone: str) -> dict[str, float]:
     """Set what the flags leave open from PRESETS; -> the tasks' weights. Queries bring their task with them."""
     preset = dict(PRESETS["tiny" if backbone == "tiny" else "hf"])
+    args.named = args.tasks is not None                             # then each must have examples
     if args.stage == "align":
         preset |= PRESETS["align"]
     elif (Path(args.run) / "queries.jsonl").exists():
@@ -707,9 +723,30 @@ def fill_in(args: argparse.Namespace, backbone: str) -> dict[str, float]:
 def read_queries(path: Path, known: set, split: str) -> list[dict]:
     """The search queries of one split, {"item_id", "query", "split"}."""
     rows = read_jsonl(path, ("item_id", "query", "split"))
-    for number, row in enumerate(rows, 1):
-        check_known(f"{path}, line {number}", [row["item_id"]], known)
+    for line, row in enumerate(rows, 1):
+        check_known(f"{path}, line {line}", [row["item_id"]], known)
+        if not isinstance(row["query"], str):
+            stop(f"{path}, line {line}: the query {row['query']!r} is no text")
     return [row for row in rows if row["split"] == split]
+
+
+def read_meanings(path: Path, items: list[dict]) -> list[dict]:
+    """The SID tokens in words, {"token", "description"}; stops at tokens of another catalogue."""
+    rows, tokens = read_jsonl(path, ("token", "description")), find_parents(items)
+    for line, row in enumerate(rows, 1):
+        if str(row["token"]) not in tokens or not isinstance(row["description"], str):
+            stop(f"{path}, line {line}: {row['token']!r} is no token of items.jsonl, or its description no text; run "
+                 "extract_semantics.py again")
+    return rows
+
+
+def data_digest(run: Path) -> str:
+    """The first 16 hex digits of SHA-256 over the run's files that train.py and rl.py may read."""
+    digest = hashlib.sha256()
+    for name in ("items", "train", "valid", "semantics", "queries"):
+        path = run / f"{name}.jsonl"
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()[:16]
 
 
 def read_data(run: Path, items: list[dict], weights: dict[str, float]) -> dict:
@@ -720,7 +757,7 @@ def read_data(run: Path, items: list[dict], weights: dict[str, float]) -> dict:
         data["samples"] = read_samples(run / "train.jsonl", known)
         data["users"] = list({s["user_id"]: s for s in data["samples"]}.values())       # each user's last sample
     if "tokens" in sources:
-        data["tokens"] = read_jsonl(run / "semantics.jsonl", ("token", "description"))
+        data["tokens"] = read_meanings(run / "semantics.jsonl", items)
     if "queries" in sources:
         data["queries"] = read_queries(run / "queries.jsonl", known, "train")
     return data
@@ -733,8 +770,6 @@ def encode_tasks(tokenizer, data: dict, weights: dict[str, float], args: argpars
     for name in tqdm(weights, desc="tokenise", unit="task", delay=2, disable=args.rank > 0 or None):
         pairs = task_pairs(name, data, f"{args.seed} {epoch}")
         tasks[name] = encode_examples(tokenizer, name, pairs, args.max_response, weights[name])
-        if not tasks[name]:
-            stop(f"--tasks: {name} has no examples in this run; leave it out")
     return tasks
 
 
@@ -746,10 +781,10 @@ def split_examples(tasks: dict[str, list[Example]], args: argparse.Namespace) ->
     return [e for held, e in numbered if not held], [e for held, e in numbered if held]
 
 
-def read_valid(tokenizer, run: Path, items: list[dict], tasks: str) -> list[Example]:
+def read_valid(tokenizer, run: Path, items: list[dict], args: argparse.Namespace) -> list[Example]:
     """The next items of valid.jsonl, asked for as the tasks do."""
     data = {"items": items, "samples": read_samples(run / "valid.jsonl", {item["item_id"] for item in items})}
-    name = recommends_by(tasks)
+    name = recommends_by(vars(args))
     return encode_examples(tokenizer, name, task_pairs(name, data), 0)
 
 
@@ -760,13 +795,24 @@ def check_lengths(longest: int, model, remedy: str) -> None:
         stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; {remedy}")
 
 
+def check_output(path: Path) -> None:
+    """Stop now, not after hours, if a file cannot be written there."""
+    if path.is_dir():
+        stop(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        stop(f"{path}: cannot be written ({error})")
+
+
 def resume(path: Path, loss_of: ResponseLoss, optimizer, args: argparse.Namespace) -> Progress:
     """Restore weights, optimizer and random states from a resume file; where the run stands."""
     saved = load_pt(path, ("weights", "optimizer", "random", "args", "progress"))
     for key, value in saved["args"].items():
         if getattr(args, key, None) != value:
             stop(f"{path} is of a run with {key.replace('_', '-')} {value}, not {getattr(args, key, None)}; give the "
-                 "same flags, or leave out --resume")
+                 "same flags and files, or leave out --resume")
     here = {name: weight.shape for name, weight in loss_of.model.state_dict().items()}
     if here != {name: weight.shape for name, weight in saved["weights"].items()}:
         stop(f"{path} is of a run with another backbone; leave out --resume")
@@ -781,7 +827,7 @@ def save_progress(path: Path, state: tuple[dict, dict], at: Progress, args: argp
     states = [random_states()] * args.world
     if args.world > 1:
         dist.all_gather_object(states, random_states())
-    same = {k: v for k, v in vars(args).items() if k not in ("resume", "device", "rank", "start")}
+    same = {k: v for k, v in vars(args).items() if k not in ("run", "start", "out", "resume", "device", "rank")}
     if args.rank == 0:
         with replacing(path) as temporary:
             torch.save({"weights": state[0], "optimizer": state[1], "random": states, "args": same,
@@ -799,17 +845,16 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
     weights = fill_in(args, checkpoint["args"].get("backbone"))
     sid, parents = checkpoint["sid"], find_parents(items)
-    args.catalogue = sid["digest"]                                  # --resume goes on with no other
+    args.data = data_digest(run)                                    # --resume goes on with no other
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
 
     data = read_data(run, items, weights)
     tasks = encode_tasks(tokenizer, data, weights, args)
-    for name, examples in tasks.items():
-        print(f"task {name:>16} | {len(examples)} examples | {sum(len(e.ids) for e in examples)} tokens | "
-              f"{sum(len(e.ids) - e.start for e in examples)} supervised, weight {weights[name]:g}")
-        show_example(tokenizer, examples[0])
+    tasks = {name: examples for name, examples in tasks.items() if show_task(tokenizer, name, examples, weights[name])}
+    if not tasks or args.named and len(tasks) < len(weights):
+        stop(f"--tasks: no examples of {', '.join(weights.keys() - tasks)} in this run; leave them out")
     train, valid = split_examples(tasks, args)
-    valid = valid or read_valid(tokenizer, run, items, args.tasks)
+    valid = valid or read_valid(tokenizer, run, items, args)
     check_lengths(max(len(e.ids) for e in train + valid), model,
                   "lower --max-history in stage 1, or leave out the task with long texts")
 
@@ -829,6 +874,7 @@ def main() -> None:
           f"{args.batch_size}")
 
     out = Path(args.out or run / f"{args.stage}.pt")
+    check_output(out)
     log_path, resume_path = (out.with_name(out.stem + tail) for tail in ("_log.jsonl", "_resume.pt"))
     at = resume(resume_path, loss_of, optimizer, args) if args.resume and resume_path.exists() else Progress()
     if args.resume:

@@ -156,7 +156,7 @@ def run_setup(args: argparse.Namespace, device: torch.device, bench: Bench) -> S
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, checkpoint = load_model(args.checkpoint or run / "sft.pt", device, items)
     samples = read_samples(run / "test.jsonl", {item["item_id"] for item in items})
-    name = recommends_by(checkpoint["args"].get("tasks") or "next")
+    name = recommends_by(checkpoint["args"])
     prompts = prompt_ids(tokenizer, [p for p, _ in task_pairs(name, {"items": items, "samples": samples})])
     padding = 1 - sum(map(len, prompts)) / sum(
         len(rows) * max(len(prompts[r]) for r in rows) for rows in length_batches(prompts, 16384))

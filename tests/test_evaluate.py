@@ -427,6 +427,8 @@ ERRORS = {      # name -> (flags, a change to the run, words of the message)
     "an unknown item": ([], lambda run: write_lines(run / "test.jsonl", [
         {"user_id": "u", "history": [1], "target": 2}, {"user_id": "v", "history": [777], "target": 2}]),
         ["test.jsonl", "line 2", "777"]),
+    "a folder for the figures": (["--metrics", "{run}"], None, ["is a folder"]),
+    "a place that is none": (["--metrics", "{run}/items.jsonl/m.jsonl"], None, ["items.jsonl/m.jsonl", "cannot be written"]),
     "no run": (["--run", "{run}/nowhere"], None, ["nowhere"]),
 }
 
@@ -493,7 +495,8 @@ def test_shared_sids(toy_data, tmp_path, capsys):
 def test_flags(capsys):
     args = parse_args([])
     assert (args.run, args.num_beams, args.normalize, args.split) == ("runs/demo", None, "trie", "test")
-    for wrong in (["--num-beams", "0"], ["--batch-tokens", "0"], ["--limit", "-1"], ["--split", "train"]):
+    for wrong in (["--num-beams", "0"], ["--batch-tokens", "0"], ["--limit", "-1"], ["--split", "train"],
+                  ["--show", "-1"], ["--history", "1,2", "--task", "next_title"]):
         with pytest.raises(SystemExit) as stopped:
             parse_args(wrong)
         assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err.splitlines()[-1]

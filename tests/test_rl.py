@@ -322,6 +322,19 @@ def test_a_run(run, capsys):
     assert loaded["args"]["reward"] == {"hit": 1.0, "rank": 1.0, "prefix": 0.1, "semantic": 0.1}
 
 
+def test_validation_asks_as_sft_did_whatever_the_prompts(run, capsys):
+    checkpoint = torch.load(run / "sft.pt", weights_only=True)
+    torch.save({**checkpoint, "args": {**checkpoint["args"], "tasks": "next_brief,title2sid"}}, run / "sft.pt")
+    starts = []
+    for tasks in ((), ("--tasks", "title2sid")):
+        call(stage, "--run", run, *QUICK, *tasks)
+        starts.append(json.loads((run / "rl_log.jsonl").read_text().splitlines()[0]))
+        trained = torch.load(run / "rl.pt", weights_only=True)["args"]
+        assert trained["tasks"] == ("title2sid" if tasks else "next_brief")
+        assert train.recommends_by(trained) == "next_brief"             # and so does evaluate.py
+    assert starts[0] == starts[1]
+
+
 def test_what_does_not_help_leaves_the_sft_weights(run, capsys, monkeypatch):
     figures = iter([0.5, 0.4, 0.5, 0.3])
     monkeypatch.setattr(stage, "validate", lambda *_: {
@@ -347,6 +360,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, monkeypatch, capsys, roll
         call(stage, *flags, "--out", run / "cut.pt")
     assert stopped.value.code == 130 and (run / "cut_resume.pt").exists() and len(asked) == 4
     assert_stops(capsys, call, stage, *flags, "--out", run / "cut.pt", "--resume", "--kl-coef", 0, words=("kl-coef 0.001, not 0",))
+    assert_stops(capsys, call, stage, *flags, "--out", run / "cut.pt", "--resume", "--from", run / "whole.pt",
+                 words=("reference", "--resume"))                       # the KL would be to other weights
     call(stage, *flags, "--out", run / "cut.pt", "--resume")
     whole, cut = weights_of(run / "whole.pt"), weights_of(run / "cut.pt")
     assert all(torch.equal(w, cut[name]) for name, w in whole.items()) and not (run / "cut_resume.pt").exists()
@@ -428,7 +443,9 @@ def test_as_a_user_sees_it(tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--reward", "hits"], ["--reward", ""], ["--reward", "hit:x"], ["--tasks", "sid2title"], ["--tasks", "text2token"],
     ["--tasks", ""], ["--group-size", "1"], ["--temperature", "0"], ["--clip-eps", "0"], ["--clip-eps", "1"],
-    ["--epochs", "0"], ["--updates-per-rollout", "0"], ["--patience", "0"], ["--rollout", "greedy"]])
+    ["--epochs", "0"], ["--updates-per-rollout", "0"], ["--patience", "0"], ["--rollout", "greedy"],
+    ["--temperature", "nan"], ["--kl-coef", "-1"], ["--lr", "nan"], ["--clip", "-1"], ["--seed", str(2 ** 32)],
+    ["--weights", "policy", "--group-size", "2"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)

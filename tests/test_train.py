@@ -155,7 +155,9 @@ def test_baskets_hold_the_same_items_in_an_order_of_the_seed():
 def test_a_model_recommends_by_the_first_task_it_was_trained_on_that_does():
     tiny, hf = stage.PRESETS["tiny"]["tasks"], stage.PRESETS["hf"]["tasks"]
     expected = {tiny: "next_brief", hf: "next", stage.STAR_ALIGN: "next", "title2sid:0.5,retrieve,next": "retrieve"}
-    assert {tasks: stage.recommends_by(tasks) for tasks in expected} == expected
+    assert {tasks: stage.recommends_by({"tasks": tasks}) for tasks in expected} == expected
+    assert stage.recommends_by({"tasks": "title2sid", "recommends": "next_brief"}) == "next_brief"      # rl.py's
+    assert stage.recommends_by({}) == "next"
 
 
 def test_templates_are_drawn_by_the_seed():
@@ -697,8 +699,24 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     assert_stops(capsys, call, stage, "--run", run, "--tasks", "next_description", words=("next_description",))
     (run / "valid.jsonl").write_text('{"user_id": "u", "history": [1], "target": 777}\n')
     assert_stops(capsys, call, stage, "--run", run, "--tasks", "next", words=("valid.jsonl, line 1", "777"))
+    for wrong in ({"token": "<a_99>"}, {"token": 3}, {"description": None}, {"token": ["<a_1>"]}):
+        write_lines(run / "semantics.jsonl", [{"token": "<a_1>", "description": "Rods."} | wrong])
+        assert_stops(capsys, call, stage, "--run", run, "--tasks", "text2token", words=("semantics.jsonl, line 1",))
+    for out, word in ((tmp_path, "is a folder"), (tmp_path / "text" / "out.pt", "cannot be written")):
+        (run / "valid.jsonl").write_bytes(files["valid.jsonl"])
+        assert_stops(capsys, call, stage, "--run", run, "--tasks", "next", "--out", out, words=(out, word))
     assert (run / "sft.pt").read_bytes() == files["sft.pt"]
-    assert {p.name for p in run.iterdir()} | {"semantics.jsonl"} == set(files)
+    assert {p.name for p in run.iterdir()} == set(files)
+
+
+def test_tasks_without_examples_stop_only_if_named(run, capsys):
+    items = [{**item, "description": ""} for item in tokenize_items.read_catalogue(run / "items.jsonl")]
+    write_lines(run / "items.jsonl", items)
+    call(stage, "--run", run, "--stage", "align", "--epochs", 1, "--out", run / "align.pt")     # STAR's six tasks
+    out = capsys.readouterr().out
+    assert "describe_item | 0 examples" in out and "example     title2sid" in out
+    assert_stops(capsys, call, stage, "--run", run, "--stage", "align", "--tasks", "title2sid,describe_item",
+                 words=("--tasks", "describe_item"))
 
 
 def test_as_a_user_sees_it(tmp_path):
@@ -712,7 +730,9 @@ def test_as_a_user_sees_it(tmp_path):
     ["--log-every", "0"], ["--patience", "0"], ["--max-response", "0"], ["--micro-tokens", "0"], ["--dropout", "1"],
     ["--tasks", "nxt"], ["--tasks", "next:0"], ["--tasks", "next:-1"], ["--tasks", "next:x"], ["--tasks", "next:inf"],
     ["--stage", "both"], ["--save-every", "0"], ["--lora", "-1"], ["--lora", "2", "--lora-dropout", "1"],
-    ["--lora-dropout", "-0.1"], ["--stage", "align", "--lora", "2"]])
+    ["--lora-dropout", "-0.1"], ["--stage", "align", "--lora", "2"], ["--lr", "-1"], ["--lr", "nan"], ["--clip", "-1"],
+    ["--warmup", "-3"], ["--beta2", "1"], ["--lora-alpha", "inf"], ["--seed", "-1"], ["--seed", str(2 ** 70)],
+    ["--epochs", "1.5"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)
@@ -754,5 +774,6 @@ def test_queries_bring_the_search_task_with_them(run, capsys):
     weights = stage.fill_in(stage.parse_args(["--run", str(run)]), "tiny")
     assert weights["search"] == 1 and stage.read_data(run, items, weights)["queries"] == rows[:1]
     assert "search" not in stage.fill_in(stage.parse_args(["--run", str(run), "--stage", "align"]), "tiny")
-    write_lines(run / "queries.jsonl", [*rows, {"item_id": 777, "query": "a rope", "split": "train"}])
-    assert_stops(capsys, stage.read_data, run, items, weights, words=("queries.jsonl, line 3", "777"))
+    for wrong in ({"item_id": 777, "query": "a rope"}, {"item_id": 3, "query": 777}):
+        write_lines(run / "queries.jsonl", [*rows, {**wrong, "split": "train"}])
+        assert_stops(capsys, stage.read_data, run, items, weights, words=("queries.jsonl, line 3", "777"))

@@ -275,7 +275,7 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
                           (("--precision", "float32"), "precision"), (("--seed", 3), "seed")):
         assert_stops(capsys, call, stage, *flags, *changed, "--resume", words=("out_resume.pt", word, "--resume"))
     (tmp_path / "run").rename(tmp_path / "same")
-    for kind, swap, word in (("llama", False, "another backbone"), ("qwen2", True, "catalogue")):
+    for kind, swap, word in (("llama", False, "another backbone"), ("qwen2", True, "data")):
         shutil.copytree(tmp_path / "same", run)                         # made anew since then
         if swap:
             items = read_catalogue(run / "items.jsonl")
@@ -285,6 +285,10 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
         assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", word, "--resume"))
         shutil.rmtree(run)
     (tmp_path / "same").rename(run)
+    train = (run / "train.jsonl").read_text()
+    (run / "train.jsonl").write_text("".join(train.splitlines(True)[:-1]))      # fewer samples than before
+    assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "data", "--resume"))
+    (run / "train.jsonl").write_text(train)
     assert {path: path.read_bytes() for path in before} == before
     call(stage, *flags, "--resume")
     assert "going on after update 7" in capsys.readouterr().out
