@@ -37,7 +37,7 @@ from typing import Callable, NamedTuple, Sequence
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tokenize_items import read_jsonl, replacing, write_jsonl  # noqa: E402
-from train import PRESETS  # noqa: E402
+from train import PRESETS, within  # noqa: E402
 
 TS_ALIGN = ("text2token", "token2text")
 INITS = {"gaussian": "--init gaussian", "mean": "--init mean", "printed": "--sa-norm none", "vocab": "--sa-norm vocab",
@@ -143,17 +143,18 @@ def scaling_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
 
 def cold_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, Step]:
     """A run without 5 % of the items; they join by the stored codebook; users whose next item is one of them."""
-    cold, flags = run / "cold", f"--run {run}/cold --seed {seed}"
+    cold, flags, grown = run / "cold", f"--run {run}/cold --seed {seed}", run / "cold_grown"
     return {
         "cold_data": Step(lambda: hold_out(run, cold / "data", seed), ("items",)),
         "cold_items": Step(f"tokenize_items.py {flags} --data {cold}/data", ("cold_data",)),
         "cold_semantics": Step(f"extract_semantics.py {flags}", ("cold_items",)),
         "cold_init": Step(f"init_embeddings.py {flags} --backbone {args.backbone} {args.init}", ("cold_semantics",)),
         "cold_sft": Step(f"train.py {flags} --resume --tasks {tasks_of(args, True, '')} {args.train}", ("cold_init",)),
-        "cold_add": Step(f"tokenize_items.py {flags} --codebook {cold}/codebook.pt --items {cold}/data/new_items.jsonl",
-                         ("cold_sft",)),
-        "cold_users": Step(lambda: shutil.copy(cold / "data/cold_test.jsonl", cold / "test.jsonl"), ("cold_add",)),
-        "test_cold": Step(f"evaluate.py --run {cold} --metrics {run}/test_cold.jsonl --num-beams 50", ("cold_users",))}
+        "cold_copy": Step(lambda: copy_run(cold, grown, cold / "data/cold_test.jsonl"), ("cold_semantics",)),
+        "cold_add": Step(f"tokenize_items.py --run {grown} --codebook {cold}/codebook.pt "
+                         f"--items {cold}/data/new_items.jsonl", ("cold_copy",)),
+        "test_cold": Step(f"evaluate.py --run {grown} --checkpoint {cold}/sft.pt --metrics {run}/test_cold.jsonl "
+                          "--num-beams 50", ("cold_add", "cold_sft"))}
 
 
 def teacher_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, Step]:
@@ -177,11 +178,17 @@ def teacher_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
     return steps
 
 
+def copy_run(run: Path, other: Path, test: Path) -> None:
+    """The files of a run that stages 1 and 2 wrote, with another test split."""
+    other.mkdir(exist_ok=True)
+    for name in ("items.jsonl", "semantics.jsonl", "codebook.pt", "train.jsonl", "valid.jsonl"):
+        shutil.copy(run / name, other / name)
+    shutil.copy(test, other / "test.jsonl")
+
+
 def cut_users(run: Path, part: Path, share: int, seed: int) -> None:
     """A run whose train.jsonl holds all samples of `share` % of the users; everything else is the same."""
-    part.mkdir(exist_ok=True)
-    for name in ("items.jsonl", "semantics.jsonl", "codebook.pt", "valid.jsonl", "test.jsonl"):
-        shutil.copy(run / name, part / name)
+    copy_run(run, part, run / "test.jsonl")
     train = read_jsonl(run / "train.jsonl", ())
     users = sorted({s["user_id"] for s in train})
     chosen = set(random.Random(seed).sample(users, len(users) * share // 100))
@@ -376,7 +383,8 @@ def other_tables(wanted: list[str], runners: list[Runner]) -> list[str]:
         heads = [f"{split}50 {figure}" for split, figures in (
             ("test", ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")), ("valid", ("NDCG@10", "HR@50")))
             for figure in figures]
-        rows = [ranking_row(ARMS[name][0], name, runners, heads) for name in ("neither", "full")]
+        rows = yardstick_rows("full", runners, heads)
+        rows += [ranking_row(ARMS[name][0], name, runners, heads) for name in ("neither", "full")]
         rows += [ranking_row(f"{ARMS[start][0]} + RL {flags}".strip(), name, runners, heads)
                  for name, (start, flags) in RL.items()]
         out.append(markdown("TS-Rec table 4: SFT against SFT + RL, 50 beams",
@@ -393,16 +401,18 @@ def other_tables(wanted: list[str], runners: list[Runner]) -> list[str]:
     if "scaling" in wanted:
         rows = [ranking_row(f"{ARMS[n][0]}, {share} % of the users", n + (f"_{share}" if share < 100 else ""), runners,
                             RANKING) for share in (*SHARES, 100) for n in TABLES["scaling"]]
-        out.append(markdown("STAR figure 3: data scaling (yardsticks as in the first table)", ["", *RANKING], rows))
+        out.append(markdown("STAR figure 3: data scaling", ["", *RANKING],
+                            yardstick_rows("full", runners, RANKING) + rows))
     if "cold" in wanted:
         heads = ("HR@5", "HR@10", "HR@50", "NDCG@10")
         out.append(markdown("Cold start: the next item is in no training interaction", ["", *heads], [
             *yardstick_rows("cold", runners, heads),
             ranking_row("TS-Rec, SIDs by --codebook", "cold", runners, heads)]))
     if "teachers" in wanted:
-        out.append(markdown("Teachers, on the released SIDs", ["", *RANKING], [
-            ranking_row(label, name, runners, RANKING)
-            for name, label in (("tfidf", "offline teacher (TF-IDF)"), ("llm", "the authors' LLM"))]))
+        rows = yardstick_rows("tfidf", runners, RANKING)
+        rows += [ranking_row(label, name, runners, RANKING)
+                 for name, label in (("tfidf", "offline teacher (TF-IDF)"), ("llm", "the authors' LLM"))]
+        out.append(markdown("Teachers, on the released SIDs", ["", *RANKING], rows))
     return out
 
 
@@ -447,7 +457,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="42,43,44", help="comma-separated")
     parser.add_argument("--tables", default=",".join(TABLES), help="comma-separated")
     parser.add_argument("--backbone", default="tiny", help="as for init_embeddings.py")
-    parser.add_argument("--jobs", type=int, default=1, help="steps at a time, each with its share of the cores")
+    parser.add_argument("--jobs", type=within(int, 1), default=1, help="steps at a time, each with its share of the cores")
     parser.add_argument("--device", default="", help="cpu, cuda, ...")
     parser.add_argument("--print", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--init", default="", help='more flags for init_embeddings.py, as in --init="--width 512"')
@@ -457,6 +467,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if set(args.tables.split(",")) - set(TABLES):
         parser.error(f"--tables: choose from {', '.join(TABLES)}")
+    if not all(seed.isdecimal() for seed in args.seeds.split(",")) or set(args.out) & set(" '\""):
+        parser.error("--seeds: numbers, comma-separated; --out: no blanks or quotes")
     return args
 
 
