@@ -20,7 +20,8 @@ Differs from the paper and from MiniOneRec
   3. `--rollout sample` draws distinct SIDs without replacement. With `--weights policy` each counts by its
      probability over its chance to be in the group, so that the group's mean estimates the policy's own; with
      `group`, GRPO's, each counts 1/G, which presses on whatever the group holds, the tail included.
-  4. A group without differences in reward is dropped from both terms and costs no forward pass.
+  4. A group without differences in reward is dropped from both terms and costs no forward pass; it still counts in
+     the batch's mean. Deviations are the population's, MiniOneRec's the sample's.
   5. The reference stays the SFT model. Dropout is off. The best model by validation is kept, not the last.
 
 Examples

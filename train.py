@@ -27,6 +27,8 @@ Differs from the papers
      fraction of the tokens (`sequence`), and what goes together is learnt in any order (`basket`).
   4. Each example's template is drawn once, by --seed; baskets are shuffled anew in every epoch. Descriptions inside
      instructions are cut to DESCRIPTION_WORDS.
+  5. Prompts are plain lines, STAR's stand in a chat template (A.2); --lora keeps the backbone in float32, STAR's QLoRA
+     in 4 bits, and trains the SID rows alone of the embedding and the head, QLoRA all of both (A.4).
 
 Examples
   python train.py                                                  # the demo, minutes on two cores
