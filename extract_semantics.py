@@ -54,7 +54,8 @@ import requests
 import torch
 from tqdm import tqdm
 
-from tokenize_items import ITEM_FIELDS, item_text, parse_sid_token, pick_device, read_catalogue, stop, write_jsonl
+from tokenize_items import (ITEM_FIELDS, item_text, parse_sid_token, pick_device, read_catalogue, replacing,
+                            seed_number, stop, write_jsonl)
 
 MIN_KEYWORDS, MAX_KEYWORDS = 10, 20
 FIELDS = {"title": 1.0, "categories": 0.5, "description": 0.3}      # what a term in each of them weighs
@@ -151,10 +152,10 @@ def draw_sample(token: str, cluster: list[dict], size: int, seed: int) -> list[d
     return random.Random(f"{seed} {token}").sample(cluster, min(size, len(cluster)))
 
 
-def clean(text: str, brand: str) -> str:
-    """Undo what scraping left (entities, tags, addresses) and take the item's own brand out."""
-    text = MARKUP.sub(" . ", html.unescape(text))
-    return re.sub(rf"(?<!\w){re.escape(brand)}(?!\w)", " . ", text, flags=re.I) if brand else text
+def clean(text: str, brand: str = "", gap: str = " . ") -> str:
+    """Put `gap` for what scraping left (entities, tags, addresses), and for the item's own brand."""
+    text = MARKUP.sub(gap, html.unescape(text))
+    return re.sub(rf"(?<!\w){re.escape(brand)}(?!\w)", gap, text, flags=re.I) if brand else text
 
 
 def split_words(text: str) -> list[str]:
@@ -335,7 +336,7 @@ def plain_queries(item: dict, catalogue: Catalogue, count: int, seed: int) -> li
 
 def item_json(item: dict) -> str:
     """An item's texts as one line of JSON, without markup and empty fields, a long description cut."""
-    texts = {field: " ".join(MARKUP.sub(" ", html.unescape(item[field])).split()) for field in ITEM_FIELDS}
+    texts = {field: " ".join(clean(item[field], gap=" ").split()) for field in ITEM_FIELDS}
     texts["description"] = texts["description"][:DESCRIPTION_CHARS]
     return json.dumps({field: text for field, text in texts.items() if text}, ensure_ascii=False)
 
@@ -624,7 +625,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--timeout", type=float, default=120.0, help="http: seconds without a sign of the server")
     teacher.add_argument("--batch-size", type=int, default=8, help="hf: prompts at a time")
     teacher.add_argument("--device", default="", help="hf: cpu, cuda, ...; empty: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the samples and the offline queries")
+    parser.add_argument("--seed", type=seed_number, default=42, help="seed of the samples and the offline queries")
     args = parser.parse_args(argv)
     if min(args.sample, args.workers, args.batch_size) < 1 or args.timeout <= 0 or args.retries < 0:
         parser.error("--sample, --workers and --batch-size must be at least 1, --timeout above 0, --retries not below")
@@ -677,14 +678,17 @@ def main() -> None:
         rows.append({"token": token, "description": description, "keywords": keywords, "n_items": len(clusters[token]),
                      "sampled": [item["item_id"] for item in sample],
                      "source": f"{args.teacher} {args.teacher_model}" if good else "tfidf"})
-    write_jsonl(out, rows)
+    lines = make_queries(items, answers, catalogue, args) if args.queries else []
+    queries_out = args.queries_out or Path(args.run) / "queries.jsonl"
+    with replacing(out) as temporary:                                   # both files are replaced, or none
+        write_jsonl(temporary, rows)
+        if args.queries:
+            write_jsonl(queries_out, lines)
     report(rows)
     print(f"wrote {out}")
     if args.queries:
-        out, lines = args.queries_out or Path(args.run) / "queries.jsonl", make_queries(items, answers, catalogue, args)
-        write_jsonl(out, lines)
-        print(f"wrote {out}: {len(lines)} queries, {sum(line['split'] == 'test' for line in lines)} for testing, "
-              f"e.g. {' | '.join(line['query'] for line in lines[:args.queries])}")
+        print(f"wrote {queries_out}: {len(lines)} queries, {sum(line['split'] == 'test' for line in lines)} for "
+              f"testing, e.g. {' | '.join(line['query'] for line in lines[:args.queries])}")
 
 
 if __name__ == "__main__":

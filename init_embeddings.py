@@ -33,10 +33,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast,
+                          Qwen2Tokenizer)
 
-from tokenize_items import (item_text, load_pt, parse_sid_token, pick_device, read_catalogue, read_jsonl, replacing,
-                            sid_token, stop)
+from tokenize_items import (LEVELS, item_text, load_codebook, load_pt, parse_sid_token, pick_device, read_catalogue,
+                            read_jsonl, replacing, seed_number, sid_token, stop)
 
 # Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 WINDOW, BATCH, LEARNING_RATE = 128, 16, 2e-3            # pretraining of the tiny backbone
@@ -234,7 +235,6 @@ def check_head(model, name: str) -> None:
 
 def extend_vocabulary(model, tokenizer, num_levels: int, codebook_size: int) -> torch.Tensor:
     """Add the L*K SID tokens and grow the embedding where needed, never shrink it; their ids, (L, K)."""
-    from transformers import AddedToken
     names = [sid_token(l, k) for l in range(num_levels) for k in range(codebook_size)]
     tokenizer.add_tokens([AddedToken(n, normalized=False, special=False) for n in names])
     ids = sid_token_ids(tokenizer, num_levels, codebook_size)
@@ -291,25 +291,32 @@ def initial_rows(text: torch.Tensor, keyword_ids: dict[tuple[int, int], list[int
     if args.init == "mean":
         return text.mean(0).expand(num_levels, k, -1)
     rows = gaussian_rows(text, num_levels * k, torch.Generator().manual_seed(args.seed)).view(num_levels, k, -1)
-    chosen = [t for t in sorted(keyword_ids) if args.sa_depth is None or t[0] < args.sa_depth]
+    chosen = [t for t in sorted(keyword_ids) if t[0] < args.sa_depth]
     if args.init == "sa" and chosen:
         sa = rescale(keyword_rows(text, [keyword_ids[t] for t in chosen]), text, args.sa_norm)
         rows[[t[0] for t in chosen], [t[1] for t in chosen]] = sa
     return rows
 
 
-def read_keywords(path: Path, tokenizer, used: set[str]) -> dict[tuple[int, int], list[int]]:
-    """Tokenise each token's keywords joined with blanks (eq. 8): (level, code) -> ids."""
-    out = {}
-    for row in read_jsonl(path, ("token", "keywords")):
-        ids = tokenizer(" " + " ".join(row["keywords"]), add_special_tokens=False).input_ids
-        if ids:
-            out[parse_sid_token(row["token"])] = ids
-    missing = sorted(used - {sid_token(*t) for t in out})
+def read_keywords(path: str | Path, used: list[str], shape: tuple[int, int]) -> dict[tuple[int, int], str]:
+    """Join each token's keywords with blanks (W_s of eq. 8): (level, code) -> text; all of `used` must have some."""
+    texts = {}
+
+    def take(place: str, row: dict) -> None:
+        level, code = parse_sid_token(row["token"])
+        if level >= shape[0] or code >= shape[1]:
+            stop(f"{place}: {row['token']} is none of this catalogue's {shape[0]} x {shape[1]} tokens; "
+                 "run extract_semantics.py for this run")
+        if not isinstance(row["keywords"], list) or not all(isinstance(word, str) for word in row["keywords"]):
+            stop(f"{place}: keywords must be a list of strings")
+        if "".join(row["keywords"]).strip():
+            texts[level, code] = " ".join(row["keywords"])
+    read_jsonl(path, ("token", "keywords"), take)
+    missing = [token for token in used if parse_sid_token(token) not in texts]
     if missing:
         stop(f"{path}: no keywords for {missing[0]} and {len(missing) - 1} more tokens that the catalogue uses; "
              "run extract_semantics.py for this run")
-    return out
+    return texts
 
 
 def show_neighbours(model, tokenizer, ids: torch.Tensor, used: list[str], count: int = 6) -> None:
@@ -341,7 +348,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     init = parser.add_argument_group("initialisation of the SID rows")
     init.add_argument("--init", choices=("sa", "mean", "gaussian"), default="sa",
                       help="keyword mean (eq. 9), mean of vocabulary (STAR eq. 1), N(mu, Sigma) of the pretrained rows")
-    init.add_argument("--sa-depth", type=int, help="SA-Init on the first n levels, gaussian below; default: all")
+    init.add_argument("--sa-depth", type=int, default=len(LEVELS), help="SA-Init on the first n levels, gaussian below")
     init.add_argument("--sa-norm", choices=("none", "vocab", "centered"), default="centered",
                       help="eq. 9 as printed, rescaled to the vocabulary's mean norm, or centered and rescaled")
     model = parser.add_argument_group("backbone")
@@ -351,11 +358,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--layers", type=int, default=4, help="tiny: number of layers")
     model.add_argument("--vocab-size", type=int, default=6000, help="tiny: pieces of the BPE")
     model.add_argument("--pretrain-steps", type=int, default=400, help="tiny: steps on the item texts")
-    parser.add_argument("--seed", type=int, default=42, help="seed of weights, text windows and gaussian rows")
+    parser.add_argument("--seed", type=seed_number, default=42, help="seed of weights, text windows and gaussian rows")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    if args.width % 32 or min(args.width, args.layers, args.pretrain_steps, args.vocab_size) < 1:
-        parser.error("--width must be a multiple of 32; --layers, --pretrain-steps and --vocab-size at least 1")
+    sizes = args.width, args.layers, args.pretrain_steps, args.vocab_size
+    if args.width % 32 or min(sizes) < 1 or not 0 <= args.sa_depth <= len(LEVELS):
+        parser.error("--width must be a multiple of 32; --layers, --pretrain-steps and --vocab-size at least 1; "
+                     f"--sa-depth 0 to {len(LEVELS)}")
     return args
 
 
@@ -369,11 +378,10 @@ def main() -> None:
     used = sorted({t for item in items for t in item["sid"]}, key=parse_sid_token)
     book = Path(args.codebook or run / "codebook.pt")
     num_levels, codebook_size = len(items[0]["sid"]), 1 + max(parse_sid_token(t)[1] for t in used)
-    if book.exists():
-        codebook_size = max(codebook_size, load_pt(book, ("centroids",))["centroids"].shape[1])
-    semantics = args.semantics or run / "semantics.jsonl"
-    if args.init == "sa":
-        read_jsonl(semantics, ("token", "keywords"))                    # before the minute of pretraining
+    if args.codebook or book.exists():
+        codebook_size = max(codebook_size, load_codebook(book)["centroids"].shape[1])
+    shape = num_levels, codebook_size
+    keywords = read_keywords(args.semantics or run / "semantics.jsonl", used, shape) if args.init == "sa" else {}
 
     kind = args.backbone
     if kind == "tiny":
@@ -384,24 +392,22 @@ def main() -> None:
     else:
         model, tokenizer = load_backbone(kind, device)
     check_head(model, args.backbone)
-    ids = extend_vocabulary(model, tokenizer, num_levels, codebook_size)
+    ids = extend_vocabulary(model, tokenizer, *shape)
     text_rows = int(ids.min())                                          # rows before this are pretrained
     check_tokens(tokenizer, ids)
 
-    keyword_ids = read_keywords(Path(semantics), tokenizer, set(used)) if args.init == "sa" else {}
-    beyond = [t for t in keyword_ids if t[0] >= num_levels or t[1] >= codebook_size]
-    if beyond:
-        stop(f"{semantics}: {sid_token(*beyond[0])} is none of this catalogue's {num_levels} x {codebook_size} tokens; "
-             "run extract_semantics.py for this run")
+    tokenized = {t: tokenizer(" " + text, add_special_tokens=False).input_ids for t, text in keywords.items()}
+    keyword_ids = {t: pieces for t, pieces in tokenized.items() if pieces}
     matrices = {"input": model.get_input_embeddings().weight, "head": model.get_output_embeddings().weight}
     tied = matrices["input"].data_ptr() == matrices["head"].data_ptr()
     for name, weight in list(matrices.items())[:1 if tied else 2]:
         with torch.no_grad():
-            rows = initial_rows(weight[:text_rows], keyword_ids, (num_levels, codebook_size), args)
+            rows = initial_rows(weight[:text_rows], keyword_ids, shape, args)
             weight[ids.to(device)] = rows.to(weight)
         flat = F.normalize(rows.flatten(0, 1), dim=1)
-        print(f"{name}{' and head (tied)' if tied else ''} | {ids.numel()} SID rows by {args.init} "
-              f"({len(keyword_ids)} tokens with keywords, sa-norm {args.sa_norm}) | mean norm "
+        by_sa = sum(level < args.sa_depth for level, _ in keyword_ids)
+        how = f"{by_sa} by sa (sa-norm {args.sa_norm}), the others gaussian" if args.init == "sa" else args.init
+        print(f"{name}{' and head (tied)' if tied else ''} | {ids.numel()} SID rows | {how} | mean norm "
               f"{rows.norm(dim=-1).mean():.3f}, text rows {weight[:text_rows].norm(dim=1).mean():.3f} | "
               f"mean cosine {(flat.sum(0).square().sum() - len(flat)) / (len(flat) * (len(flat) - 1)):.3f}")
     show_neighbours(model, tokenizer, ids, used)

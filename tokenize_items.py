@@ -16,7 +16,8 @@ Differs from the paper
   1. `--encoder lsa` (default) needs no download; the paper's is Qwen3-Embedding-4B.
   2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual; the paper's
      way is `--collision random`.
-  3. K is 256 as in the paper, but smaller for catalogues of fewer than 3,072 items (K <= N / 12).
+  3. K is 256 as in the paper, but N / 12 (at least 8, at most N / 3) for fewer than 3,072 items, rounded down to a
+     power of two, and doubled where a prefix then has more items than codes.
 
 Examples
   python tokenize_items.py                                                         # the demo, 4 s on two cores
@@ -50,9 +51,10 @@ from tqdm import tqdm
 
 # Letters used in shapes: N items, D embedding width, L levels, K codes per level.
 LEVELS = "abcdefgh"                     # level 0 is spelled <a_12>, level 1 <b_12>, ...
-SID_TOKEN = re.compile(r"<([a-h])_(\d+)>")
+SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 WORD = re.compile(r"[^\W_]+")           # LSA: runs of letters and digits
 LSA_DIM, LSA_MAX_TERMS = 128, 50_000    # width of the LSA space; most frequent terms kept
+ENCODER_PARTS = ({"name", "terms", "idf", "components"}, {"name", "pooling", "max_length"})      # in codebook.pt
 DISTANCE_BYTES, ITERATIONS = 64 << 20, 100      # K-means: one block of the distance matrix; most steps per level
 ITEM_FIELDS = ("title", "description", "brand", "categories")
 TAG = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>]*>", re.I | re.S)
@@ -79,24 +81,47 @@ def stop(message: str):
     raise SystemExit(2)
 
 
-def read_jsonl(path: str | Path, fields: tuple[str, ...]) -> list[dict]:
-    """Read a JSONL file whose every line is an object with at least `fields`; stops naming file and line."""
+def read_jsonl(path: str | Path, fields: tuple[str, ...], check=lambda place, row: None) -> list[dict]:
+    """Read a JSONL file whose every line is blank or an object with at least `fields`; stops naming file and line.
+
+    check(place, row) sees each row with "PATH, line 7" and stops where it does not like it.
+    """
     rows, number = [], 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                row = json.loads(line)
+                if line.isspace():
+                    continue
+                row, place = json.loads(line), f"{path}, line {number}"
                 missing = [f for f in fields if not isinstance(row, dict) or f not in row]
                 if missing:
-                    stop(f"{path}, line {number}: no {missing[0]!r}; each line is an object with {', '.join(fields)}")
+                    stop(f"{place}: no {missing[0]!r}; each line is an object with {', '.join(fields)}")
+                if "\\ud" in line or "\\uD" in line:                    # half of such a pair could not be written
+                    json.dumps(row, ensure_ascii=False).encode()
+                check(place, row)
                 rows.append(row)
     except OSError as error:
         stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or name another file")
-    except ValueError as error:                                         # broken JSON, or not UTF-8
-        stop(f"{path}, line {max(1, number)}: not valid JSON ({error}); mend that line")
+    except (ValueError, RecursionError) as error:                       # broken JSON, or not UTF-8
+        stop(f"{path}, line {max(1, number)}: not valid JSON in UTF-8 ({error}); mend that line")
     if not rows:
         stop(f"{path}: holds no lines; it needs at least one object with {', '.join(fields)}")
     return rows
+
+
+def check_text(place: str, row: dict, fields: tuple[str, ...]) -> None:
+    """Stop, naming the place, unless all `fields` of the row are strings."""
+    for field in fields:
+        if not isinstance(row[field], str):
+            stop(f"{place}: {field} must be a string, not {repr(row[field])[:80]}")
+
+
+def check_id(place: str, row: dict, field: str, seen: dict) -> None:
+    """Stop unless the row's id is a number or a string, and none of `seen`, id -> place, where it is put."""
+    if not isinstance(row[field], (int, float, str)):
+        stop(f"{place}: {field} must be a number or a string, not {row[field]!r}")
+    if seen.setdefault(row[field], place) != place:
+        stop(f"{place}: {field} {row[field]!r} stands in {seen[row[field]]} already; each may come once")
 
 
 @contextlib.contextmanager
@@ -106,6 +131,8 @@ def replacing(path: str | Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():                                               # said now, not when all is done
+            raise IsADirectoryError("it is a folder")
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                            # torch.save raises the latter
@@ -127,12 +154,22 @@ def load_pt(path: str | Path, keys: tuple[str, ...]) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # read as needed
         if all(key in content for key in keys):
             return content
-    except FileNotFoundError:
-        stop(f"{path}: no such file; run the stage that writes it, or name another file")
+    except (FileNotFoundError, IsADirectoryError):
+        stop(f"{path}: {'is a folder' if Path(path).is_dir() else 'no such file'}; name a file that a stage wrote")
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, AttributeError, ImportError,
             pickle.UnpicklingError):
         pass                                                            # whatever the bytes suggest to torch
     stop(f"{path}: not a file that this project wrote (no {', '.join(keys)}); write it again")
+
+
+def load_codebook(path: str | Path) -> dict:
+    """Load codebook.pt: {"centroids": (L, K, D), "encoder": dict, ...}; stops where one of them is something else."""
+    book = load_pt(path, ("centroids", "encoder"))
+    centroids, encoder = book["centroids"], book["encoder"]
+    if not (isinstance(centroids, torch.Tensor) and centroids.dim() == 3 and centroids.is_floating_point()
+            and isinstance(encoder, dict) and any(parts <= encoder.keys() for parts in ENCODER_PARTS)):
+        stop(f"{path}: its centroids or its encoder are not complete; name another file or make a new run")
+    return book
 
 
 def pick_device(name: str) -> torch.device:
@@ -170,27 +207,32 @@ def item_text(item: dict) -> str:
 
 def read_items(path: str | Path) -> list[dict]:
     """Read a catalogue; item_id unique, missing fields filled with "", every item with some text."""
-    items, seen = read_jsonl(path, ("item_id", "title")), {}
-    for number, item in enumerate(items, 1):
+    seen = {}
+
+    def check(place: str, item: dict) -> None:
         item.update({field: item.get(field) or "" for field in ITEM_FIELDS})
-        where = f"{path}, line {number} (item_id {item['item_id']!r})"
-        if not isinstance(item["item_id"], (int, str)) or not all(isinstance(item[f], str) for f in ITEM_FIELDS):
-            stop(f"{where}: item_id must be a number or a string, {', '.join(ITEM_FIELDS)} strings")
+        check_id(place, item, "item_id", seen)
+        check_text(place, item, ITEM_FIELDS)
         if not item_text(item):
-            stop(f"{where}: neither title nor description; give it a text or remove the item")
-        if seen.setdefault(item["item_id"], number) != number:
-            stop(f"{where}: that id stands in line {seen[item['item_id']]} already; ids must be unique")
-    return items
+            stop(f"{place}: item_id {item['item_id']!r}: neither title nor description; give it a text or leave it out")
+    return read_jsonl(path, ("item_id", "title"), check)
+
+
+def check_key(num_levels: int, k: int) -> None:
+    """Stop unless evaluate.build_trie can number all SIDs that `k` codes per level can spell."""
+    if k ** num_levels > 2 ** 62:
+        stop(f"{num_levels} levels of {k} codes do not fit one 64-bit key; use fewer levels or codes")
 
 
 def check_sids(path: str | Path, items: list[dict]) -> list[dict]:
-    """The items, if each has a "sid" of one token per level a, b, c, ..., as many as the first one; else stops."""
+    """The items, if each has a "sid" of one token per level a, b, ..., as many as the first one; else stops."""
     for item in items:
         sid = item.get("sid")
-        if not isinstance(sid, list) or not sid or len(sid) != len(items[0]["sid"]) or any(
+        if not isinstance(sid, list) or len(sid) < 2 or len(sid) != len(items[0]["sid"]) or any(
                 parse_sid_token(t)[0] != level for level, t in enumerate(sid)):
-            stop(f"{path}: item {item['item_id']!r} has no valid SID ({sid!r}); all need one token per level, "
-                 "like ['<a_12>', '<b_7>', '<c_3>']")
+            stop(f"{path}: item {item['item_id']!r} has no valid SID ({sid!r}); all need one token for each of 2 to "
+                 f"{len(LEVELS)} levels, like ['<a_12>', '<b_7>', '<c_3>']")
+    check_key(len(items[0]["sid"]), 1 + int(codes_of(items).max()))
     return items
 
 
@@ -204,17 +246,17 @@ def check_known(where: str, item_ids, known: set) -> None:
     if not isinstance(item_ids, list) or not item_ids:
         stop(f"{where}: needs a list of at least one item_id")
     for i in item_ids:
-        if not isinstance(i, (int, str)) or i not in known:
+        if not isinstance(i, (int, float, str)) or i not in known:
             stop(f"{where}: item {i!r} is not in the catalogue; add it to items.jsonl or drop it")
 
 
 def read_samples(path: str | Path, known: set) -> list[dict]:
     """Read train/valid/test.jsonl: {"user_id", "history": [item_id, ...], "target": item_id}."""
-    samples = read_jsonl(path, ("user_id", "history", "target"))
-    for number, sample in enumerate(samples, 1):
-        check_known(f"{path}, line {number}, history", sample["history"], known)
-        check_known(f"{path}, line {number}, target", [sample["target"]], known)
-    return samples
+    def check(place: str, sample: dict) -> None:
+        check_id(place, sample, "user_id", {})
+        check_known(f"{place}, history", sample["history"], known)
+        check_known(f"{place}, target", [sample["target"]], known)
+    return read_jsonl(path, ("user_id", "history", "target"), check)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -272,12 +314,13 @@ def encode_hf(texts: list[str], encoder: dict, batch_size: int, device: torch.de
         stop(f"--encoder {encoder['name']}: cannot be loaded ({str(error).splitlines()[0]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.to(device).eval()
+    reach = min(encoder["max_length"], getattr(model.config, "max_position_embeddings", None) or math.inf)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))      # similar lengths, little padding
     out = torch.empty(len(texts), model.config.hidden_size)
     for start in tqdm(range(0, len(order), batch_size), desc="encode", unit="batch", disable=None):
         rows = order[start:start + batch_size]
-        batch = tokenizer([texts[i] for i in rows], padding=True, truncation=True,
-                          max_length=encoder["max_length"], return_tensors="pt").to(device)
+        batch = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=reach,
+                          return_tensors="pt").to(device)
         hidden = model(**batch).last_hidden_state.float()               # (B, T, D)
         mask = batch["attention_mask"]
         if encoder["pooling"] == "last":
@@ -377,6 +420,21 @@ def fit_codebook(x: torch.Tensor, num_levels: int, k: int, iterations: int, seed
     return torch.stack(books)
 
 
+def choose_codebook(x: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """Learn codebooks of --codebook-size, or of a size that gives each item of a prefix a code; (N, D) -> (L, K, D)."""
+    k = args.codebook_size or min(256, 1 << max(1, min(8, len(x) // 3), len(x) // 12).bit_length() - 1)
+    while True:
+        check_key(args.num_levels, k)
+        print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
+        centroids = fit_codebook(x, args.num_levels, k, ITERATIONS, args.seed)
+        prefixes = quantize(x, centroids)[0][:, :-1]
+        most = int(prefixes.unique(dim=0, return_counts=True)[1].max())
+        if args.codebook_size or most <= k:
+            return centroids
+        print(f"one prefix has {most} items but {k} last codes: once more with {2 * k}")
+        k *= 2
+
+
 def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarray, policy: str,
                        seed: int, first_new: int = 0) -> np.ndarray:
     """Give all but one item of each shared SID another last code; (N, L), (N, D), (K, D) -> (N, L).
@@ -398,7 +456,7 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, book: np.ndarra
         if len(free) < len(movers):
             name = "".join(sid_token(level, code) for level, code in enumerate(prefix))
             stop(f"prefix {name} has {len(rows)} items but only {len(book)} last codes; "
-                 "choose a larger --codebook-size or more --num-levels")
+                 f"{'make a new run with' if first_new else 'choose'} a larger --codebook-size or more --num-levels")
         for row in movers:
             distance = ((residuals[row] - book[free]) ** 2).sum(1)
             pick = rng.integers(len(free)) if policy == "random" else distance.argmin()
@@ -430,14 +488,16 @@ def give_sids(items: list[dict], x: torch.Tensor, centroids: torch.Tensor, args:
 
 def read_interactions(path: str | Path, known: set, timed: bool) -> list[dict]:
     """Read interactions.jsonl: {"user_id", "items": [...]} and, needed where `timed`, "timestamps"."""
-    users = read_jsonl(path, ("user_id", "items", "timestamps") if timed else ("user_id", "items"))
-    for number, user in enumerate(users, 1):
-        check_known(f"{path}, line {number}, items", user["items"], known)
+    seen = {}
+
+    def check(place: str, user: dict) -> None:
+        check_id(place, user, "user_id", seen)
+        check_known(f"{place}, items", user["items"], known)
         times = user.setdefault("timestamps", list(range(len(user["items"]))))
         if (not isinstance(times, list) or not all(isinstance(t, (int, float)) for t in times)
                 or len(times) != len(user["items"]) or times != sorted(times)):
-            stop(f"{path}, line {number}: timestamps must be a list of numbers, as many as items, and ascending")
-    return users
+            stop(f"{place}: timestamps must be a list of numbers, as many as items, and ascending")
+    return read_jsonl(path, ("user_id", "items", "timestamps")[:2 + timed], check)
 
 
 def k_core(users: list[dict], min_count: int) -> list[dict]:
@@ -539,7 +599,8 @@ def download(url: str, path: Path) -> Path:
             fetch(url, path)
             break
         except requests.RequestException as error:
-            if getattr(error.response, "status_code", 500) in range(400, 429):      # but 429, too many requests
+            refused = getattr(error.response, "status_code", 500) in range(400, 429)    # but 429, too many requests
+            if refused or isinstance(error, ValueError):                # requests' own for a URL that is none
                 stop(f"{error}; check --amazon, --year and --amazon-url")
             if wait is None:
                 stop(f"{url}: {error}; what has arrived is kept, run again to fetch the rest")
@@ -572,8 +633,9 @@ def read_ratings(path: Path, args: argparse.Namespace):
 
 
 def plain(text) -> str:
-    """Clean a field, a string or a list of them: ["<b>A&amp;B</b>", "c"] -> "A&B c"."""
+    """Clean a field, a string or a list of them, of markup and halves of emoji: ["<b>A&amp;B</b>", "c"] -> "A&B c"."""
     text = " ".join(map(str, text)) if isinstance(text, list) else str(text or "")
+    text = text.encode("utf-8", "ignore").decode()
     return " ".join(TAG.sub(" ", html.unescape(text)).split())
 
 
@@ -635,6 +697,13 @@ def month(text: str) -> int:
     return calendar.timegm(time.strptime(text, "%Y-%m"))
 
 
+def seed_number(text: str) -> int:
+    """Read a seed that random, numpy and torch all take; for argparse."""
+    if not 0 <= (number := int(text)) < 2 ** 32:
+        raise argparse.ArgumentTypeError("must be 0 to 2^32 - 1")
+    return number
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -662,14 +731,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
     flag = parser.add_argument_group("quantizer").add_argument
     flag("--num-levels", type=int, default=3, help="L, codes per item")
-    flag("--codebook-size", type=int, default=0, help="K, codes per level; 0: 256, or the largest 2^n <= N / 12")
+    flag("--codebook-size", type=int, default=0, help="K, codes per level; 0: 256, or by the number of items")
     flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
     flag = parser.add_argument_group("samples").add_argument
     flag("--split", choices=("official", "leave-one-out", "chronological"),
          help="default: official where DATA/train.jsonl exists and no --interactions, else leave-one-out")
     flag("--max-history", type=int, default=10, help="most recent items kept; STAR: 20")
     flag("--min-count", type=int, help="drop items and users with fewer, repeatedly; 5 with --amazon, else 1")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the K-means and of --collision random")
+    parser.add_argument("--seed", type=seed_number, default=42, help="seed of the K-means and of --collision random")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
     for wrong, message in (
@@ -687,6 +756,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (not args.amazon_url.startswith("http"), "--amazon-url must begin with http")):
         if wrong:
             parser.error(message)
+    check_key(args.num_levels, args.codebook_size)
     args.data = str(Path(args.run) / "data") if args.amazon else args.data
     args.min_count = args.min_count or (5 if args.amazon else 1)
     official = not args.interactions and (Path(args.data) / "train.jsonl").exists()
@@ -701,7 +771,7 @@ def append_items(args: argparse.Namespace, device: torch.device) -> None:
     twice = {item["item_id"] for item in old} & {item["item_id"] for item in new}
     if twice:
         stop(f"{args.items}: item_id {sorted(twice, key=str)[0]!r} has a SID already in {path}; leave it out")
-    book, highest = load_pt(args.codebook, ("centroids", "encoder")), codes_of(old).max()
+    book, highest = load_codebook(args.codebook), codes_of(old).max()
     levels, k, _ = book["centroids"].shape
     if levels != len(old[0]["sid"]) or k <= highest:
         stop(f"{args.codebook} holds {levels} x {k} codes, {path} needs {len(old[0]['sid'])} x {highest + 1}; "
@@ -733,7 +803,6 @@ def main() -> None:
             item["sid"] = given.get(str(item["item_id"]))
         check_sids(args.sids, items)
         print(f"SIDs from {args.sids}: collisions {colliding(codes_of(items))}, kept; no codebook.pt")
-        (run / "codebook.pt").unlink(missing_ok=True)                   # an older run's, of other SIDs
     else:
         texts = [item_text(item) for item in items]
         encoder = fit_lsa(texts) if args.encoder == "lsa" else {
@@ -742,15 +811,16 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_components"]
-        k = args.codebook_size or min(256, 1 << max(1, len(items) // 12).bit_length() - 1)
-        print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
-        centroids = fit_codebook(x.to(device), args.num_levels, k, ITERATIONS, args.seed)
-        give_sids(items, x.to(device), centroids, args)
+        x = x.to(device)
+        centroids = choose_codebook(x, args)
+        give_sids(items, x, centroids, args)
         with replacing(run / "codebook.pt") as temporary:
             torch.save({"centroids": centroids.cpu(), "encoder": encoder, "args": vars(args)}, temporary)
     for name, samples in split.items():
         write_jsonl(run / f"{name}.jsonl", samples)
     write_jsonl(run / "items.jsonl", items)
+    if args.sids and (run / "codebook.pt").is_file():
+        (run / "codebook.pt").unlink()                                  # an older run's, of other SIDs
     print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
     print(f"wrote {run}/items.jsonl, train.jsonl, valid.jsonl, test.jsonl" + ("" if args.sids else ", codebook.pt"))
 

@@ -173,6 +173,12 @@ def test_nobody_listens(tmp_path, capsys, monkeypatch):
     assert_stops(capsys, stage.download, "http://127.0.0.1:9/b.csv", tmp_path / "b.csv", words=("run again",))
 
 
+@pytest.mark.parametrize("url", ["http://", "http://host:port", "httpx://host"])
+def test_a_url_that_is_none_is_not_tried_again(tmp_path, capsys, monkeypatch, url):
+    monkeypatch.setattr(stage, "WAITS", ("no number of seconds",))
+    assert_stops(capsys, stage.download, f"{url}/b.csv", tmp_path / "b.csv", words=("--amazon-url",))
+
+
 def test_a_gz_stays_a_gz(host, tmp_path):
     host.files["b.gz"] = gzip.compress(noise())
     host.extra["Content-Encoding"] = "gzip"                             # as some hosts label such files
@@ -199,7 +205,8 @@ def test_damaged_files_are_one_line(tmp_path, capsys, name, data):
     (["First <b>part</b>.", "Second<br>part."], "First part . Second part."), ("&lt;p&gt;Hidden&lt;/p&gt;", "Hidden"),
     ("a <script type='x'>var aPageStart = 1 < 2;</script> b", "a b"), ("a <!-- <b> --> b", "a b"),
     ("5 < 6 and 7 > 2", "5 < 6 and 7 > 2"), ("below <100 C", "below <100 C"), (" two\n\t words\xa0", "two words"),
-    ('<a href="http://x.y/z?a=b">link</a>', "link"), ([1, "m"], "1 m")])
+    ('<a href="http://x.y/z?a=b">link</a>', "link"), ([1, "m"], "1 m"),
+    ("rod \ud83d!", "rod !"), ("rod \U0001f600", "rod \U0001f600")])
 def test_plain(field, text):
     assert stage.plain(field) == text
 

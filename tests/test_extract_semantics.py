@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import assert_stops, call
+
 import extract_semantics as stage
 
 SCRIPT = Path(stage.__file__)
@@ -142,13 +143,25 @@ def test_file_has_one_line_per_token_in_order_and_is_reproducible(items, tmp_pat
     assert "example |" in first.stdout and "wrote" in first.stdout
 
 
+@pytest.mark.parametrize("bad", ["file/x.jsonl", "folder"])
+@pytest.mark.parametrize("flag, other", [("--out", "queries.jsonl"), ("--queries-out", "semantics.jsonl")])
+def test_both_files_are_replaced_or_none(items, tmp_path, capsys, bad, flag, other):
+    write_items(tmp_path, items)
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / other).write_text("old")
+    assert_stops(capsys, call, stage, "--run", tmp_path, "--queries", 3, flag, tmp_path / bad, words=(bad, "written"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["file", "folder", "items.jsonl", other])
+    assert (tmp_path / other).read_text() == "old"
+
+
 def test_missing_input_is_one_line_and_writes_nothing(tmp_path):
     result = run(tmp_path / "run")
     assert result.returncode == 2 and not (tmp_path / "run").exists()
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--sample", "0"], ["--teacher", "oracle"]])
+@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--sample", "0"], ["--teacher", "oracle"], ["--seed", "-1"]])
 def test_bad_flags_exit_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)

@@ -187,14 +187,11 @@ def test_unused_codes_are_gaussian(pretrained):
             assert torch.equal(rows[level, code], other[level, code]) == ((level, code) not in KEYWORD_IDS)
 
 
-def test_keywords_to_pieces(finished_run, tmp_path):
-    _, tokenizer, _ = load_model(finished_run / "init.pt", CPU)
-    path = write_lines(tmp_path / "semantics.jsonl", [{"token": "<a_2>", "keywords": ["steel rod", "garden"]},
-                                                      {"token": "<c_0>", "keywords": ["nylon"]}])
-    found = read_keywords(path, tokenizer, {"<a_2>", "<c_0>"})          # eq. 8: W_s joined with blanks
-    assert set(found) == {(0, 2), (2, 0)}
-    assert tokenizer.decode(found[0, 2]) == " steel rod garden" and tokenizer.decode(found[2, 0]) == " nylon"
-    assert max(found[0, 2] + found[2, 0]) < sid_token_ids(tokenizer, 3, 8).min()
+def test_keywords_are_joined(tmp_path):
+    path = write_lines(tmp_path / "semantics.jsonl", [
+        {"token": "<a_2>", "keywords": ["steel rod", "garden"]}, {"token": "<c_0>", "keywords": ["nylon"]},
+        {"token": "<c_1>", "keywords": ["", " "]}, {"token": "<c_2>", "keywords": []}])     # unused: no text, no row
+    assert read_keywords(path, ["<a_2>", "<c_0>"], (3, 8)) == {(0, 2): "steel rod garden", (2, 0): "nylon"}
 
 
 def test_init_checkpoint_holds_the_equations(finished_run):
@@ -418,6 +415,17 @@ def edit_lines(path, change) -> None:
     path.write_text("".join(line + "\n" for line in change(path.read_text().splitlines())))
 
 
+def other_keywords(value):
+    """A change of the second token's keywords."""
+    return lambda run: edit_lines(run / "semantics.jsonl", lambda lines: [
+        json.dumps({**json.loads(line), "keywords": value}) if n == 1 else line for n, line in enumerate(lines)])
+
+
+def centroids(tensor):
+    return lambda run: torch.save({**torch.load(run / "codebook.pt", weights_only=True), "centroids": tensor},
+                                  run / "codebook.pt")
+
+
 def without_norm(run) -> None:
     stored = torch.load(run / "sft.pt", weights_only=True)
     del stored["weights"]["model.norm.weight"]
@@ -433,13 +441,22 @@ INIT_ERRORS = {     # name -> (flags, a change to the run, words of the message)
     "a codebook that is none": ([], lambda run: (run / "codebook.pt").write_text("hello"), ["codebook.pt"]),
     "a token of no level": ([], lambda run: edit_lines(run / "semantics.jsonl", lambda lines: lines + [
         '{"token": "<f_99>", "keywords": ["steel"]}']), ["semantics.jsonl", "<f_99>"]),
+    **{f"keywords {value!r}": ([], other_keywords(value), ["semantics.jsonl, line 2", "list of strings"])
+       for value in ("steel rods", [1, 2], None)},
+    **{f"keywords {value!r}": ([], other_keywords(value), ["no keywords for <a_1> and 0 more"])
+       for value in ([], [" ", ""])},
+    "a codebook that is not there": (["--codebook", "{run}/typo.pt"], None, ["typo.pt", "no such file"]),
+    "a folder as codebook": (["--codebook", "{run}"], None, ["is a folder"]),
+    "flat centroids": ([], centroids(torch.zeros(8, 4)), ["codebook.pt"]),
+    "whole centroids": ([], centroids(torch.zeros(3, 8, 4, dtype=torch.long)), ["codebook.pt"]),
     "an empty folder": (["--backbone", "{run}/empty"], lambda run: (run / "empty").mkdir(), ["--backbone", "empty"]),
 }
 
 
 @pytest.mark.parametrize("name", INIT_ERRORS)
-def test_errors(run, capsys, name):
+def test_errors(run, capsys, monkeypatch, name):
     flags, change, words = INIT_ERRORS[name]
+    monkeypatch.setattr(init_embeddings, "build_tiny", None)            # all is said before the pretraining
     if change:
         change(run)
     before = (run / "init.pt").read_bytes()
@@ -470,7 +487,8 @@ def test_corrupt_checkpoint(run, capsys, name):
 def test_flags(capsys):
     args = parse_args([])
     assert (args.run, args.init, args.backbone, args.seed) == ("runs/demo", "sa", "tiny", 42)
-    for wrong in (["--width", "33"], ["--layers", "0"], ["--pretrain-steps", "0"], ["--init", "zero"], ["--sa", "1"]):
+    for wrong in (["--width", "33"], ["--layers", "0"], ["--pretrain-steps", "0"], ["--init", "zero"], ["--sa", "1"],
+                  ["--sa-depth", "-1"], ["--sa-depth", "9"], ["--seed", "-1"], ["--seed", str(2 ** 32)]):
         with pytest.raises(SystemExit) as stopped:
             parse_args(wrong)
         assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err.splitlines()[-1]
@@ -487,6 +505,14 @@ def test_backbone_may_be_an_earlier_checkpoint(run):
     assert short["weights"].keys() == long["weights"].keys()
     assert all(torch.equal(short["weights"][name], weight) for name, weight in long["weights"].items())
     assert not torch.equal(other["weights"]["model.norm.weight"], long["weights"]["model.norm.weight"])
+
+
+@pytest.mark.parametrize("flags, told", [([], "24 by sa"),
+                                         (["--sa-depth", 0], "0 by sa"), (["--sa-depth", 2], "16 by sa"),
+                                         (["--init", "mean"], "mean |")])
+def test_the_table_says_where_the_rows_come_from(run, capsys, flags, told):
+    call(init_embeddings, "--run", run, "--backbone", run / "init.pt", *flags)
+    assert f"24 SID rows | {told}" in capsys.readouterr().out
 
 
 def test_backbone_checkpoint_that_is_none(run, capsys):

@@ -202,7 +202,19 @@ def test_a_full_prefix_names_itself_and_the_remedy(capsys):
     codes = np.array([[0, 1, 2]] + [[2, 1, 0]] * 4)
     residuals, book = np.zeros((5, 2), np.float32), np.eye(3, 2, dtype=np.float32)
     assert_stops(capsys, stage.resolve_collisions, codes, residuals, book, "nearest", 0,
-                 words=("<a_2><b_1>", "4 items", "3 last codes", "--codebook-size", "--num-levels"))
+                 words=("<a_2><b_1>", "4 items", "3 last codes", "choose", "--codebook-size", "--num-levels"))
+    assert_stops(capsys, stage.resolve_collisions, codes, residuals, book, "nearest", 0, 1,
+                 words=("<a_2><b_1>", "make a new run", "--codebook-size"))
+
+
+@pytest.mark.parametrize("count, size", [(12, 4), (24, 8), (50, 8), (60, 8), (150, 16), (200, 16)])
+def test_small_catalogues_have_a_codebook_that_fits(tmp_path, capsys, count, size):
+    items = write_lines(tmp_path / "items.jsonl", toy_items(count))
+    users = write_lines(tmp_path / "users.jsonl", toy_interactions(count))
+    call(stage, "--run", tmp_path, "--items", items, "--interactions", users)
+    assert len({tuple(item["sid"]) for item in read(tmp_path / "items.jsonl")}) == count
+    assert torch.load(tmp_path / "codebook.pt", weights_only=True)["centroids"].shape[1] == size
+    assert ("once more with 16" in capsys.readouterr().out) == (count == 150)       # 150 / 12: first 8
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -280,6 +292,9 @@ def test_hf_encoder_equals_an_unbatched_loop(hf_encoder, pooling):
         pooled = hidden.mean(0) if pooling == "mean" else hidden[-1]
         assert torch.allclose(row, pooled / pooled.norm(), atol=1e-5)
     assert torch.allclose(x.norm(dim=1), torch.ones(7), atol=1e-5)
+    long, cut = (stage.encode([" ".join(["steel"] * n)], {**encoder, "max_length": 999}, 1, torch.device("cpu"))
+                 for n in (600, 512))                                   # the model has 512 positions
+    assert torch.equal(long, cut)
     small = stage.fit_pca(x, 3)
     assert torch.allclose(stage.encode(texts[:2], encoder | small, 3, torch.device("cpu")),
                           (x[:2] - small["pca_mean"]) @ small["pca_components"], atol=1e-5)
@@ -373,6 +388,8 @@ def test_an_official_split_is_used_as_it_is(toy_data, tmp_path, capsys):
     assert {name: read(tmp_path / "run" / f"{name}.jsonl") for name in SAMPLES} == splits
     assert_stops(capsys, call, stage, "--data", data, "--run", tmp_path / "other", "--min-count", 5,
                  words=("--min-count", "official"))
+    bad = write_lines(tmp_path / "bad.jsonl", [{**splits["test"][0], "user_id": None}])
+    assert_stops(capsys, stage.read_samples, bad, set(range(60)), words=("bad.jsonl, line 1", "user_id"))
     assert stage.parse_args(["--data", str(data)]).split == "official"
     assert stage.parse_args(["--data", str(data), "--interactions", "x"]).split == "leave-one-out"
     assert stage.parse_args(["--data", str(toy_data)]).split == "leave-one-out"
@@ -422,6 +439,10 @@ def test_given_sids_keep_their_collisions(toy_data, tmp_path, capsys):
     sids = write_lines(tmp_path / "index.jsonl", given[::-1])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "codebook.pt").write_text("of an earlier run")
+    (tmp_path / "run" / "items.jsonl").mkdir()                          # cannot be replaced: the earlier run stays
+    assert_stops(capsys, call, stage, "--data", toy_data, "--run", tmp_path / "run", "--sids", sids, words=("folder",))
+    assert (tmp_path / "run" / "codebook.pt").exists()
+    (tmp_path / "run" / "items.jsonl").rmdir()
     call(stage, "--data", toy_data, "--run", tmp_path / "run", "--sids", sids)
     assert [{"item_id": i["item_id"], "sid": i["sid"]} for i in read(tmp_path / "run" / "items.jsonl")] == given
     assert not (tmp_path / "run" / "codebook.pt").exists()
@@ -435,7 +456,9 @@ def test_given_sids_keep_their_collisions(toy_data, tmp_path, capsys):
     (lambda rows: [{**r, "sid": r["sid"][::-1]} for r in rows], ("0",)),
     (lambda rows: [{**r, "sid": 7} for r in rows], ("0",)),
     (lambda rows: [{**r, "sid": []} for r in rows], ("0",)),
-], ids=["missing", "spelling", "ragged", "order", "number", "empty"])
+    (lambda rows: [{**r, "sid": r["sid"][:1]} for r in rows], ("0", "2 to 8 levels")),
+    (lambda rows: [{**r, "sid": ["<a_0>", "<b_0>", "<c_9999999>"]} for r in rows], ("64-bit",)),
+], ids=["missing", "spelling", "ragged", "order", "number", "empty", "one level", "huge"])
 def test_bad_given_sids(toy_data, tmp_path, capsys, mangle, words):
     rows = mangle([{"item_id": i, "sid": [f"<a_{i % 3}>", f"<b_{i % 5}>", "<c_9>"]} for i in range(60)])
     sids = write_lines(tmp_path / "index.jsonl", rows)
@@ -476,7 +499,11 @@ def test_bad_codebooks(run, tmp_path, capsys):
     torch.save([1, 2], tmp_path / "list")
     torch.save({**book, "centroids": book["centroids"][:2]}, tmp_path / "levels")
     torch.save({**book, "centroids": book["centroids"][:, :2]}, tmp_path / "codes")
-    for name in ("none", *cases, "list", "levels", "codes"):
+    torch.save({**book, "centroids": book["centroids"][0]}, tmp_path / "flat")
+    torch.save({**book, "centroids": book["centroids"].long()}, tmp_path / "whole")
+    torch.save({**book, "encoder": {"name": "lsa"}}, tmp_path / "encoder")
+    (tmp_path / "a folder").mkdir()
+    for name in ("none", *cases, "list", "levels", "codes", "flat", "whole", "encoder", "a folder"):
         assert_stops(capsys, call, stage, *flags, tmp_path / name, words=(tmp_path / name,))
     assert (run / "items.jsonl").read_bytes() == before
 
@@ -515,7 +542,11 @@ def put(rows: list, place: int, row) -> list:
 
 BAD = {     # what is wrong: (file, content, flags, words of the message)
     "malformed": ("items", items_with(lambda r: put(r, 4, '{"item_id": 4,')), (), ("items.jsonl", "line 5", "JSON")),
-    "blank line": ("items", items_with(lambda r: put(r, 4, "")), (), ("items.jsonl", "line 5", "JSON")),
+    "too deep": ("interactions", "[" * 100_000, (), ("interactions.jsonl", "line 1", "JSON")),
+    "half an emoji": ("items", items_with(lambda r: put(r, 4, '{"item_id": 4, "title": "rod \\ud83d"}')), (),
+                      ("items.jsonl", "line 5", "surrogates")),
+    "after blank lines": ("items", "\ufeff\n \n" + items_with(lambda r: put(r, 4, {**r[4], "title": 7})), (),
+                          ("items.jsonl, line 7", "title")),
     "no object": ("items", items_with(lambda r: put(r, 2, [1, 2])), (), ("items.jsonl", "line 3")),
     "no title": ("items", items_with(lambda r: put(r, 2, {"item_id": 2})), (), ("line 3", "'title'")),
     "nothing": ("items", "", (), ("items.jsonl", "no lines")),
@@ -523,11 +554,13 @@ BAD = {     # what is wrong: (file, content, flags, words of the message)
     "no text": ("items", items_with(lambda r: put(r, 3, {"item_id": 3, "title": " ", "description": None})), (),
                 ("line 4", "item_id 3", "text")),
     "list as id": ("items", items_with(lambda r: put(r, 3, {**r[3], "item_id": [3]})), (), ("line 4", "[3]")),
-    "number as title": ("items", items_with(lambda r: put(r, 3, {**r[3], "title": 7})), (), ("line 4", "strings")),
+    "number as title": ("items", items_with(lambda r: put(r, 3, {**r[3], "title": 7})), (), ("line 4", "string")),
     "unknown item": ("interactions", users_with(items=[1, 777, 2], timestamps=[1, 2, 3]), (),
                      ("interactions.jsonl", "line 2", "777")),
     "id of another type": ("interactions", users_with(items=["1", "2", "3"], timestamps=[1, 2, 3]), (),
                            ("line 2", "'1'")),
+    "user twice": ("interactions", users_with(user_id="u0"), (), ("line 2", "'u0'", "line 1")),
+    "list as user": ("interactions", users_with(user_id=["u1"]), (), ("line 2", "user_id", "['u1']")),
     "items no list": ("interactions", users_with(items=5), (), ("interactions.jsonl", "line 2")),
     "no times": ("interactions", users_with(timestamps=None), ("--split", "chronological"),
                  ("line 2", "'timestamps'")),
@@ -556,6 +589,13 @@ def test_bad_input_is_one_line_and_writes_nothing(case, toy_data, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_a_bom_and_blank_lines_are_passed_over(tmp_path):
+    text = items_with(lambda rows: [*rows, '{"item_id": "e", "title": "\\ud83d\\ude00"}'])
+    (tmp_path / "items.jsonl").write_text("\ufeff\n" + text.replace("\n", "\r\n \n"), encoding="utf-8")
+    *items, emoji = stage.read_items(tmp_path / "items.jsonl")
+    assert items == toy_items() and emoji["title"] == "\U0001f600"
+
+
 def test_as_a_user_sees_it(toy_data, tmp_path):
     done = run_script("tokenize_items.py", "--run", tmp_path / "run", "--data", tmp_path)
     assert_one_line_error(done, str(tmp_path / "items.jsonl"), "cannot be read")
@@ -565,7 +605,8 @@ def test_as_a_user_sees_it(toy_data, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--no-such-flag"], ["--num-levels", "1"], ["--num-levels", "9"], ["--max-history", "0"],
     ["--codebook-size", "-1"], ["--codebook", "x"], ["--codebook", "x", "--items", "y", "--sids", "z"],
-    ["--collision", "never"], ["--split", "half"], ["--batch-size", "0"], ["--dim", "-1"], ["--max-length", "0"]])
+    ["--collision", "never"], ["--split", "half"], ["--batch-size", "0"], ["--dim", "-1"], ["--max-length", "0"],
+    ["--seed", "-1"], ["--seed", str(2 ** 70)], ["--seed", "x"], ["--num-levels", "8", "--codebook-size", "256"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)
@@ -576,7 +617,7 @@ def test_sid_tokens_there_and_back(capsys):
     assert stage.sid_token(0, 12) == "<a_12>" and stage.parse_sid_token("<c_3>") == (2, 3)
     for level in range(8):
         assert stage.parse_sid_token(stage.sid_token(level, 255)) == (level, 255)
-    for wrong in ("<a_>", "a_1", "<i_1>", "<a_1><b_2>", " <a_1>", 5, None):
+    for wrong in ("<a_>", "<a_03>", "<a_٣>", f"<a_{10 ** 7}>", "a_1", "<i_1>", "<a_1><b_2>", " <a_1>", 5, None):
         assert_stops(capsys, stage.parse_sid_token, wrong, words=("not a SID token",))
 
 
