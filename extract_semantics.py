@@ -54,8 +54,8 @@ import requests
 import torch
 from tqdm import tqdm
 
-from tokenize_items import (ITEM_FIELDS, item_text, parse_sid_token, pick_device, read_catalogue, replacing,
-                            seed_number, stop, write_jsonl)
+from tokenize_items import (ITEM_FIELDS, SEED, item_text, parse_sid_token, pick_device, read_catalogue, replacing, stop,
+                            within, write_jsonl)
 
 MIN_KEYWORDS, MAX_KEYWORDS = 10, 20
 FIELDS = {"title": 1.0, "categories": 0.5, "description": 0.3}      # what a term in each of them weighs
@@ -614,22 +614,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--cache", help="a language model's answers, instead of RUN/teacher_cache.jsonl")
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--teacher", choices=("tfidf", *TEACHERS), default="tfidf", help="who reads the items")
-    teacher.add_argument("--sample", type=int, default=20, help="most items the teacher is shown of a token")
-    teacher.add_argument("--queries", type=int, default=0, help="search queries per item, 0 for none; STAR: 5")
+    teacher.add_argument("--sample", type=within(int, 1), default=20, help="most items the teacher is shown of a token")
+    teacher.add_argument("--queries", type=within(int, 0), default=0,
+                         help="search queries per item, 0 for none; STAR: 5")
     teacher.add_argument("--teacher-model", default="", help="the model's name; hf: a name or a folder")
-    teacher.add_argument("--retries", type=int, default=2, help="how often a bad answer is asked again")
+    teacher.add_argument("--retries", type=within(int, 0), default=2, help="how often a bad answer is asked again")
     teacher.add_argument("--dry-run", action="store_true", help="say what would be asked, and write nothing")
     teacher.add_argument("--base-url", default="", help="http: what stands before /chat/completions")
     teacher.add_argument("--api-key-env", default="OPENAI_API_KEY", help="http: environment variable with the key")
-    teacher.add_argument("--workers", type=int, default=8, help="http: requests at a time")
-    teacher.add_argument("--timeout", type=float, default=120.0, help="http: seconds without a sign of the server")
-    teacher.add_argument("--batch-size", type=int, default=8, help="hf: prompts at a time")
+    teacher.add_argument("--workers", type=within(int, 1), default=8, help="http: requests at a time")
+    teacher.add_argument("--timeout", type=within(float, 1e-3), default=120.0,
+                         help="http: seconds without a sign of the server")
+    teacher.add_argument("--batch-size", type=within(int, 1), default=8, help="hf: prompts at a time")
     teacher.add_argument("--device", default="", help="hf: cpu, cuda, ...; empty: cuda where there is one")
-    parser.add_argument("--seed", type=seed_number, default=42, help="seed of the samples and the offline queries")
+    parser.add_argument("--seed", type=SEED, default=42, help="seed of the samples and the offline queries")
     args = parser.parse_args(argv)
-    if min(args.sample, args.workers, args.batch_size) < 1 or args.timeout <= 0 or args.retries < 0:
-        parser.error("--sample, --workers and --batch-size must be at least 1, --timeout above 0, --retries not below")
-    if args.queries < 0 or args.queries == 1:
+    if args.queries == 1:
         parser.error("--queries must be 0 or at least 2: one query of each item is for testing")
     if (args.teacher == "tfidf") != (not args.teacher_model) or args.dry_run and not args.teacher_model:
         parser.error("--teacher http and hf need --teacher-model; tfidf has none, and no --dry-run")

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast,
                           Qwen2Tokenizer)
 
-from tokenize_items import (LEVELS, item_text, load_codebook, load_pt, parse_sid_token, pick_device, read_catalogue,
-                            read_jsonl, replacing, seed_number, sid_token, stop)
+from tokenize_items import (LEVELS, SEED, item_text, load_codebook, load_pt, parse_sid_token, pick_device,
+                            read_catalogue, read_jsonl, replacing, sid_token, stop, within)
 
 # Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 WINDOW, BATCH, LEARNING_RATE = 128, 16, 2e-3            # pretraining of the tiny backbone
@@ -348,23 +348,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     init = parser.add_argument_group("initialisation of the SID rows")
     init.add_argument("--init", choices=("sa", "mean", "gaussian"), default="sa",
                       help="keyword mean (eq. 9), mean of vocabulary (STAR eq. 1), N(mu, Sigma) of the pretrained rows")
-    init.add_argument("--sa-depth", type=int, default=len(LEVELS), help="SA-Init on the first n levels, gaussian below")
+    init.add_argument("--sa-depth", type=within(int, 0, len(LEVELS) + 1), default=len(LEVELS),
+                      help="SA-Init on the first n levels, gaussian below")
     init.add_argument("--sa-norm", choices=("none", "vocab", "centered"), default="centered",
                       help="eq. 9 as printed, rescaled to the vocabulary's mean norm, or centered and rescaled")
     model = parser.add_argument_group("backbone")
     model.add_argument("--backbone", default="tiny", help="tiny, a Hugging Face causal LM by name or folder, or an "
                        "earlier checkpoint (.pt), whose SID rows are made anew")
-    model.add_argument("--width", type=int, default=192, help="tiny: hidden size, a multiple of 32")
-    model.add_argument("--layers", type=int, default=4, help="tiny: number of layers")
-    model.add_argument("--vocab-size", type=int, default=6000, help="tiny: pieces of the BPE")
-    model.add_argument("--pretrain-steps", type=int, default=400, help="tiny: steps on the item texts")
-    parser.add_argument("--seed", type=seed_number, default=42, help="seed of weights, text windows and gaussian rows")
+    model.add_argument("--width", type=within(int, 32), default=192, help="tiny: hidden size, a multiple of 32")
+    model.add_argument("--layers", type=within(int, 1), default=4, help="tiny: number of layers")
+    model.add_argument("--vocab-size", type=within(int, 1), default=6000, help="tiny: pieces of the BPE")
+    model.add_argument("--pretrain-steps", type=within(int, 1), default=400, help="tiny: steps on the item texts")
+    parser.add_argument("--seed", type=SEED, default=42, help="seed of weights, text windows and gaussian rows")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
-    sizes = args.width, args.layers, args.pretrain_steps, args.vocab_size
-    if args.width % 32 or min(sizes) < 1 or not 0 <= args.sa_depth <= len(LEVELS):
-        parser.error("--width must be a multiple of 32; --layers, --pretrain-steps and --vocab-size at least 1; "
-                     f"--sa-depth 0 to {len(LEVELS)}")
+    if args.width % 32:
+        parser.error("--width must be a multiple of 32")
     return args
 
 

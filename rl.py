@@ -48,10 +48,10 @@ from tqdm import tqdm
 from evaluate import (Trie, beam_search, build_trie, expand, name_items, prefill, rank_metrics, rank_of, search_all,
                       tree_mask)
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
-from tokenize_items import codes_of, load_pt, read_catalogue, read_samples, stop, write_jsonl
+from tokenize_items import SEED, codes_of, load_pt, read_catalogue, read_samples, stop, within, write_jsonl
 from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, check_output, data_digest, join_processes,
                    learning_rate, length_batches, on_interrupt, parse_weights, prompt_ids, read_data,
-                   recommends_by, resume, save_progress, task_pairs, within)
+                   recommends_by, resume, save_progress, task_pairs)
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts of a prompt, L levels, K codes per level, M most
 # children of a node, N items, D width.
@@ -480,7 +480,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="stop after so many validations without a better NDCG@10")
     loop.add_argument("--eval-users", type=within(int, 0), default=0, help="validate on so many users; 0 for all")
     loop.add_argument("--log-every", type=within(int, 1), default=10, help="updates per log line")
-    loop.add_argument("--seed", type=within(int, 0, 2 ** 31), default=42,
+    loop.add_argument("--seed", type=SEED, default=42,
                       help="seed of the order of prompts and of the draws")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)

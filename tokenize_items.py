@@ -43,6 +43,7 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import requests
@@ -697,11 +698,17 @@ def month(text: str) -> int:
     return calendar.timegm(time.strptime(text, "%Y-%m"))
 
 
-def seed_number(text: str) -> int:
-    """Read a seed that random, numpy and torch all take; for argparse."""
-    if not 0 <= (number := int(text)) < 2 ** 32:
-        raise argparse.ArgumentTypeError("must be 0 to 2^32 - 1")
-    return number
+def within(kind: type, low: float, below: float = math.inf) -> Callable:
+    """An argparse type: low <= number < below."""
+    def read(text: str) -> float:
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below}")
+        return kind(text)
+    read.__name__ = kind.__name__
+    return read
+
+
+SEED = within(int, 0, 2 ** 31)          # what random, numpy and torch all take
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -726,26 +733,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("encoder").add_argument
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model name or folder")
     flag("--pooling", choices=("mean", "last"), default="mean", help="of the tokens; Qwen3-Embedding: last")
-    flag("--max-length", type=int, default=512, help="tokens that a Hugging Face encoder reads per item")
-    flag("--batch-size", type=int, default=32, help="items that a Hugging Face encoder reads at once")
-    flag("--dim", type=int, default=0, help="PCA to this width first, 0 for none; the paper: 32")
+    flag("--max-length", type=within(int, 1), default=512, help="tokens that a Hugging Face encoder reads per item")
+    flag("--batch-size", type=within(int, 1), default=32, help="items that a Hugging Face encoder reads at once")
+    flag("--dim", type=within(int, 0), default=0, help="PCA to this width first, 0 for none; the paper: 32")
     flag = parser.add_argument_group("quantizer").add_argument
-    flag("--num-levels", type=int, default=3, help="L, codes per item")
-    flag("--codebook-size", type=int, default=0, help="K, codes per level; 0: 256, or by the number of items")
+    flag("--num-levels", type=within(int, 2, len(LEVELS) + 1), default=3, help="L, codes per item")
+    flag("--codebook-size", type=within(int, 0), default=0,
+         help="K, codes per level; 0: 256, or by the number of items")
     flag("--collision", choices=("nearest", "random"), default="nearest", help="last code of a colliding item")
     flag = parser.add_argument_group("samples").add_argument
     flag("--split", choices=("official", "leave-one-out", "chronological"),
          help="default: official where DATA/train.jsonl exists and no --interactions, else leave-one-out")
-    flag("--max-history", type=int, default=10, help="most recent items kept; STAR: 20")
-    flag("--min-count", type=int, help="drop items and users with fewer, repeatedly; 5 with --amazon, else 1")
-    parser.add_argument("--seed", type=seed_number, default=42, help="seed of the K-means and of --collision random")
+    flag("--max-history", type=within(int, 1), default=10, help="most recent items kept; STAR: 20")
+    flag("--min-count", type=within(int, 1),
+         help="drop items and users with fewer, repeatedly; 5 with --amazon, else 1")
+    parser.add_argument("--seed", type=SEED, default=42, help="seed of the K-means and of --collision random")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
     for wrong, message in (
-            (not 2 <= args.num_levels <= len(LEVELS) or args.max_history < 1 or args.codebook_size < 0,
-             f"--num-levels must be 2 to {len(LEVELS)}, --max-history at least 1, --codebook-size >= 0"),
-            (min(args.batch_size, args.max_length) < 1 or args.dim < 0,
-             "--batch-size and --max-length must be at least 1, --dim at least 0"),
             (args.codebook and not args.items, "--codebook encodes new items: name their file with --items"),
             (args.codebook and args.sids, "--codebook and --sids exclude each other"),
             (args.amazon and (args.data != parser.get_default("data") or args.items or args.interactions),

@@ -57,8 +57,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
-from tokenize_items import (check_known, load_pt, pick_device, read_catalogue, read_jsonl, read_samples, replacing,
-                            stop, write_jsonl)
+from tokenize_items import (SEED, check_known, check_text, load_pt, pick_device, read_catalogue, read_jsonl,
+                            read_samples, replacing, stop, within, write_jsonl)
 
 # Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width, R rank.
 PROMPT = "{instruction}\n"
@@ -610,16 +610,6 @@ def fit(loss_of: ResponseLoss, optimizer, make_examples: Callable, valid: list[E
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
-def within(kind: type, low: float, below: float = math.inf) -> Callable:
-    """An argparse type: low <= number < below."""
-    def read(text: str) -> float:
-        if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below}")
-        return kind(text)
-    read.__name__ = kind.__name__
-    return read
-
-
 def parse_weights(text: str, known: Iterable[str], kind: str) -> dict[str, float]:
     """Read names with optional weights: "next,sid2title:0.1"."""
     weights = {}
@@ -691,7 +681,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument("--log-every", type=within(int, 1), default=100, help="updates per log line")
     loop.add_argument("--save-every", type=within(int, 1), default=500, help="updates between saves for --resume")
     loop.add_argument("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
-    loop.add_argument("--seed", type=within(int, 0, 2 ** 32), default=42,
+    loop.add_argument("--seed", type=SEED, default=42,
                       help="seed of data order, templates, adapters and dropout")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
@@ -724,22 +714,21 @@ def fill_in(args: argparse.Namespace, backbone: str) -> dict[str, float]:
 
 def read_queries(path: Path, known: set, split: str) -> list[dict]:
     """The search queries of one split, {"item_id", "query", "split"}."""
-    rows = read_jsonl(path, ("item_id", "query", "split"))
-    for line, row in enumerate(rows, 1):
-        check_known(f"{path}, line {line}", [row["item_id"]], known)
-        if not isinstance(row["query"], str):
-            stop(f"{path}, line {line}: the query {row['query']!r} is no text")
-    return [row for row in rows if row["split"] == split]
+    def check(place: str, row: dict) -> None:
+        check_known(place, [row["item_id"]], known)
+        check_text(place, row, ("query",))
+    return [row for row in read_jsonl(path, ("item_id", "query", "split"), check) if row["split"] == split]
 
 
 def read_meanings(path: Path, items: list[dict]) -> list[dict]:
     """The SID tokens in words, {"token", "description"}; stops at tokens of another catalogue."""
-    rows, tokens = read_jsonl(path, ("token", "description")), find_parents(items)
-    for line, row in enumerate(rows, 1):
-        if str(row["token"]) not in tokens or not isinstance(row["description"], str):
-            stop(f"{path}, line {line}: {row['token']!r} is no token of items.jsonl, or its description no text; run "
-                 "extract_semantics.py again")
-    return rows
+    fields, tokens = ("token", "description"), find_parents(items)
+
+    def check(place: str, row: dict) -> None:
+        check_text(place, row, fields)
+        if row["token"] not in tokens:
+            stop(f"{place}: {row['token']!r} is no token of items.jsonl; run extract_semantics.py again")
+    return read_jsonl(path, fields, check)
 
 
 def data_digest(run: Path) -> str:

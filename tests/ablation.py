@@ -36,8 +36,8 @@ from typing import Callable, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tokenize_items import read_jsonl, replacing, write_jsonl  # noqa: E402
-from train import PRESETS, within  # noqa: E402
+from tokenize_items import read_jsonl, replacing, within, write_jsonl  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 TS_ALIGN = ("text2token", "token2text")
 INITS = {"gaussian": "--init gaussian", "mean": "--init mean", "printed": "--sa-norm none", "vocab": "--sa-norm vocab",
