@@ -43,8 +43,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids
-from tokenize_items import (codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue, read_jsonl, read_samples,
-                            replacing, stop, within, write_jsonl)
+from tokenize_items import (check_key, codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue, read_jsonl,
+                            read_samples, replacing, stop, within, write_jsonl)
 from train import (TASKS, check_lengths, check_output, find_parents, geometry, length_batches, prompt_ids,
                    read_meanings, read_queries, recommends_by, task_rows)
 
@@ -72,8 +72,7 @@ class Trie(NamedTuple):
 def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device) -> Trie:
     """Build the trie of a code matrix, (N, L) -> Trie: one sort, O(N) memory."""
     num_levels = codes.shape[1]
-    if codebook_size ** num_levels > 2 ** 62:
-        stop(f"{num_levels} levels of {codebook_size} codes do not fit one 64-bit key; use fewer")
+    check_key(num_levels, codebook_size)
     key = torch.zeros(len(codes), dtype=torch.long)
     for level in range(num_levels):
         key = key * codebook_size + codes[:, level]
