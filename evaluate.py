@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from init_embeddings import autocast, load_model, sid_token_ids
+from init_embeddings import autocast, load_model, sid_token_ids, to_bfloat16
 from tokenize_items import (check_key, codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue, read_jsonl,
                             read_samples, replacing, stop, within, write_jsonl)
 from train import (TASKS, check_lengths, check_output, find_parents, geometry, length_batches, prompt_ids,
@@ -645,7 +645,7 @@ def main() -> None:
         return plot(args, path, items)
     model, tokenizer, checkpoint = load_model(path, device, items)
     if device.type == "cuda":
-        model.to(torch.bfloat16)                                        # scores are still computed in float32
+        to_bfloat16(model)                                              # scores are still computed in float32
     args.task = args.task or recommends_by(checkpoint["args"])
     task = TASKS[args.task]
     args.num_beams = args.num_beams or (20 if task.source in ("samples", "queries") else 5)

@@ -121,6 +121,12 @@ def autocast(device: torch.device, precision: str = "auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
+def to_bfloat16(model) -> None:
+    """Round the weights; the buffers stay as they are: rotary frequencies in bfloat16 would misplace late tokens."""
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16)
+
+
 def load_tokenizer(text: str, special: dict) -> PreTrainedTokenizerFast:
     """Rebuild a fast tokenizer from its JSON text."""
     with tempfile.TemporaryDirectory() as folder:

@@ -277,8 +277,9 @@ def tfidf(texts: list[str], column: dict[str, int], idf: torch.Tensor) -> torch.
     rows, columns, counts = torch.tensor(counted, dtype=torch.long).reshape(-1, 3).T
     values = (1 + counts.double().log()).float() * idf[columns]
     norms = torch.zeros(len(texts)).index_add_(0, rows, values ** 2).sqrt().clamp_min(1e-12)
-    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / norms[rows], (len(texts), len(idf)),
-                                   check_invariants=False).coalesce()
+    with torch.sparse.check_sparse_tensor_invariants(False):            # the argument alone still warns in torch 2.11
+        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / norms[rows],
+                                       (len(texts), len(idf))).coalesce()
 
 
 def fit_lsa(texts: list[str]) -> dict:

@@ -376,7 +376,7 @@ def random_states() -> dict:
 def set_random_states(states: dict) -> None:
     """Go on drawing where `random_states` was taken."""
     torch.set_rng_state(states["cpu"])
-    torch.cuda.set_rng_state_all(states["cuda"])
+    torch.cuda.set_rng_state_all(states["cuda"][:torch.cuda.device_count()])       # there may be fewer GPUs now
 
 
 # ---------------------------------------------------------------------------------------------------------

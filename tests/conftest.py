@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")       # what is expected is a CPU's; set it to 0 to try a GPU all the same
 
 THINGS = ["steel rod", "brass fitting", "nylon rope", "glass beaker", "rubber gasket", "copper wire", "oak board",
           "paper filter", "wool blanket", "clay pot"]

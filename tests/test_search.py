@@ -327,7 +327,11 @@ def test_bfloat16_weights_float32_scores():
     codes, sid_ids = random_catalogue(3, 60)
     trie = build_trie(codes, K, CPU)
     exact = beam_search(model, trie, sid_ids, prompts, 60)
-    leaves, scores = beam_search(model.to(torch.bfloat16), trie, sid_ids, prompts, 60)
+    init_embeddings.to_bfloat16(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}        # the rotary frequencies
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    leaves, scores = beam_search(model, trie, sid_ids, prompts, 60)
     assert scores.dtype == torch.float32 and len(scores.unique()) > 0.9 * scores.numel()
     assert abs(scores.double().exp().sum(1) - 1).max() < 1e-5           # normalised in float32
     order = leaves.argsort(1), exact[0].argsort(1)

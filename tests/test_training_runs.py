@@ -298,6 +298,14 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
     assert_equals(tmp_path / "out.pt", uninterrupted["sft"])
 
 
+def test_resumed_where_there_are_fewer_gpus(monkeypatch):
+    states, given = {**stage.random_states(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 3}, []
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    stage.set_random_states(states)
+    assert len(given[0]) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Two processes, accumulation
 # ---------------------------------------------------------------------------------------------------------
