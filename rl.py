@@ -537,12 +537,16 @@ def main() -> None:
     def look() -> dict[str, float]:
         return validate(model, shop, prompts, targets, args)
 
-    def save(best: dict | None) -> None:
-        state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    def keep(row: dict) -> None:
         if args.rank == 0:
-            if best:
-                save_model(out, model, tokenizer, sid, stage="rl", args=vars(args), step=at.step, metrics=best)
+            save_model(out, model, tokenizer, sid, stage="rl", args=vars(args), step=row["step"], metrics=row)
+
+    def save(best: dict | None) -> None:
+        if best:
+            keep(best)
+        if args.rank == 0:
             write_jsonl(log_path, at.log)
+        state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         save_progress(resume_path, state, at, args)
 
     if args.resume and resume_path.exists():
@@ -554,7 +558,7 @@ def main() -> None:
         first = {"step": 0, **look()}
         at = Progress(best=first["NDCG@10"], sums=torch.zeros(12, dtype=torch.float64), log=[first])
         print(f"the start | valid {show(first, GAUGED)}")
-        save(first)
+        keep(first)                                     # get_state_dict would count a step that AdamW never made
     finished = fit(model, reference, optimizer, shop, train, at, look, save, args)
     if finished:
         finish(at, origin.name, out)

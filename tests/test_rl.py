@@ -335,6 +335,17 @@ def test_validation_asks_as_sft_did_whatever_the_prompts(run, capsys):
     assert starts[0] == starts[1]
 
 
+def test_the_first_update_is_the_first_that_adamw_makes(run, monkeypatch):
+    steps, real = [], stage.update
+
+    def watch(model, reference, optimizer, *rest):
+        steps.append([int(state["step"]) for state in optimizer.state.values()])
+        return real(model, reference, optimizer, *rest)
+    monkeypatch.setattr(stage, "update", watch)
+    call(stage, "--run", run, *QUICK)
+    assert steps[0] == [] and set(steps[1]) <= {1} and max(steps[-1]) == len(steps) - 1
+
+
 def test_what_does_not_help_leaves_the_sft_weights(run, capsys, monkeypatch):
     figures = iter([0.5, 0.4, 0.5, 0.3])
     monkeypatch.setattr(stage, "validate", lambda *_: {
