@@ -119,9 +119,7 @@ def rl_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, Step]:
         steps[name] = Step(f"rl.py --run {run} --seed {seed} --from {run}/sft_{start}.pt --out {run}/{name}.pt "
                            f"--resume {flags} {args.rl}", (f"sft_{start}",))
     for name, checkpoint in {**{name: name for name in RL}, "neither": "sft_neither", "full": "sft_full"}.items():
-        for split in SPLITS:
-            steps[f"{split}50_{name}"] = evaluation(run, checkpoint, f"{split}50_{name}",
-                                                    f"--split {split} --num-beams 50")
+        steps[f"test50_{name}"] = evaluation(run, checkpoint, f"test50_{name}", "--num-beams 50")
     return steps
 
 
@@ -333,8 +331,8 @@ def yardstick_rows(name: str, runners: list[Runner], heads: tuple[str, ...]) -> 
 
 def from_log(runner: Runner, name: str, figure: str, which: Callable):
     """Of a figure in a training's log: which(values in order); None where there are none."""
-    path = runner.run / f"sft_{name}_log.jsonl"
-    values = [row[figure] for row in read_jsonl(path, ()) if figure in row] if runner.is_done(f"sft_{name}") else []
+    path = runner.run / f"{name}_log.jsonl"
+    values = [row[figure] for row in read_jsonl(path, ()) if figure in row] if runner.is_done(name) else []
     return which(values) if values else None
 
 
@@ -346,14 +344,14 @@ def arms_table(title: str, names: list[str], runners: list[Runner]) -> str:
     rows = [[row[0], "", *row[1:]] for row in rows]
     for name in names:
         label, *rest = ranking_row(ARMS[name][0], name, runners, RANKING)
-        rows.append([label, cell([from_log(r, name, "valid_loss", min) for r in runners], 3), *rest])
+        rows.append([label, cell([from_log(r, f"sft_{name}", "valid_loss", min) for r in runners], 3), *rest])
     return markdown(title, ["test, where not said otherwise", "valid loss", *RANKING], rows)
 
 
 def geometry_table(names: list[str], runners: list[Runner]) -> str:
     rows = []
     for name in names:
-        cells = [cell([from_log(r, name, figure, which) for r in runners], digits)
+        cells = [cell([from_log(r, f"sft_{name}", figure, which) for r in runners], digits)
                  for figure, digits in (("effective_rank", 1), ("cosine", 3), ("siblings", 3))
                  for which in (lambda v: v[0], lambda v: v[-1])]
         rows.append([ARMS[name][0], *cells])
@@ -366,7 +364,7 @@ def depth_table(names: list[str], runners: list[Runner]) -> str:
     rows = []
     for name in names:
         for figure, values in (
-                ("valid loss", [from_log(r, name, "valid_loss", list) for r in runners]),
+                ("valid loss", [from_log(r, f"sft_{name}", "valid_loss", list) for r in runners]),
                 ("valid HR@5", [[row["HR@5"] for row in r.rows(f"along_{name}") if row["method"].startswith("sft_")]
                                 for r in runners])):
             points = [statistics.mean(at) for at in zip(*filter(None, values))]
@@ -380,15 +378,15 @@ def other_tables(wanted: list[str], runners: list[Runner]) -> list[str]:
     """RL, comprehension, search, scaling, cold start, teachers."""
     out = []
     if "rl" in wanted:
-        heads = [f"{split}50 {figure}" for split, figures in (
-            ("test", ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")), ("valid", ("NDCG@10", "HR@50")))
-            for figure in figures]
-        rows = yardstick_rows("full", runners, heads)
-        rows += [ranking_row(ARMS[name][0], name, runners, heads) for name in ("neither", "full")]
-        rows += [ranking_row(f"{ARMS[start][0]} + RL {flags}".strip(), name, runners, heads)
-                 for name, (start, flags) in RL.items()]
+        heads = [f"test50 {figure}" for figure in ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")]
+        rows = [[*row, ""] for row in yardstick_rows("full", runners, heads)]
+        arms = [(ARMS[start][0], start, f"rl_{start}", lambda values: values[0]) for start in ("neither", "full")]
+        arms += [(f"{ARMS[start][0]} + RL {flags}".strip(), name, name, max) for name, (start, flags) in RL.items()]
+        for label, name, log, which in arms:
+            rows.append([*ranking_row(label, name, runners, heads),
+                         cell([from_log(r, log, "NDCG@10", which) for r in runners])])
         out.append(markdown("TS-Rec table 4: SFT against SFT + RL, 50 beams",
-                            ["", *(head.replace("50 ", " ") for head in heads)], rows))
+                            ["", *(head.replace("50 ", " ") for head in heads), "valid NDCG@10"], rows))
     if "comprehension" in wanted:
         heads = ("title2sid HR@1", "title2sid HR@5", "sid2title accuracy", "sid2title accuracy_any",
                  "sid2title token_f1")
@@ -433,7 +431,7 @@ def targets_of(table: str) -> list[str]:
     if table == "scaling":
         names += [f"{split}_{arm}_{share}" for share in SHARES for arm in TABLES[table] for split in SPLITS]
     if table == "rl":
-        names += [f"{split}50_{name}" for name in ("neither", "full", *RL) for split in SPLITS]
+        names += [f"test50_{name}" for name in ("neither", "full", *RL)]
     return names + {"cold": ["test_cold"], "teachers": [f"{split}_{name}" for name in ("tfidf", "llm")
                                                         for split in SPLITS]}.get(table, [])
 
