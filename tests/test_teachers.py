@@ -302,7 +302,7 @@ def test_a_key_that_cannot_be_one_is_not_shown(shop, server, monkeypatch, capsys
 
 def test_interrupted_and_resumed(shop, server, capsys):
     def act(number, chat):
-        if number == 5:
+        if number >= 5:                                                 # Python loses one that meets a destructor
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)       # Ctrl-C
             return HANG
         return good_answer(chat[0]["content"])
@@ -310,9 +310,9 @@ def test_interrupted_and_resumed(shop, server, capsys):
     server.act = act
     assert_stops(capsys, call, stage, *flags(shop, server), words=("interrupted", "teacher_cache.jsonl"))
     assert len(read(shop / "teacher_cache.jsonl")) == 5 and not (shop / "semantics.jsonl").exists()
-    server.act = lambda number, chat: good_answer(chat[0]["content"])
+    server.act, before = lambda number, chat: good_answer(chat[0]["content"]), len(server.log)
     call(stage, *flags(shop, server))
-    assert len(server.log) == 6 + 6 and "5 cached | 6 asked" in capsys.readouterr().out
+    assert len(server.log) == before + 6 and "5 cached | 6 asked" in capsys.readouterr().out
 
 
 def test_killed_and_resumed(shop, server, capsys):
