@@ -43,9 +43,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, sid_token_ids, to_bfloat16
-from tokenize_items import (check_key, codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue, read_jsonl,
-                            read_samples, replacing, stop, within, write_jsonl)
-from train import (TASKS, check_lengths, check_output, find_parents, geometry, length_batches, prompt_ids,
+from tokenize_items import (check_key, check_output, codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue,
+                            read_jsonl, read_samples, replacing, stop, within, write_jsonl)
+from train import (TASKS, check_lengths, find_parents, geometry, length_batches, prompt_ids,
                    read_meanings, read_queries, recommends_by, task_rows)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes per level, M most children of a

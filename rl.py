@@ -48,8 +48,9 @@ from tqdm import tqdm
 from evaluate import (Trie, beam_search, build_trie, expand, name_items, prefill, rank_metrics, rank_of, search_all,
                       tree_mask)
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
-from tokenize_items import SEED, codes_of, load_pt, read_catalogue, read_samples, stop, within, write_jsonl
-from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, check_output, data_digest, join_processes,
+from tokenize_items import (SEED, check_output, codes_of, load_pt, read_catalogue, read_samples, stop, within,
+                            write_jsonl)
+from train import (TASKS, Progress, ResponseLoss, all_sum, check_lengths, data_digest, join_processes,
                    learning_rate, length_batches, on_interrupt, parse_weights, prompt_ids, read_data,
                    recommends_by, resume, save_progress, task_pairs)
 

@@ -39,6 +39,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -125,15 +126,24 @@ def check_id(place: str, row: dict, field: str, seen: dict) -> None:
         stop(f"{place}: {field} {row[field]!r} stands in {seen[row[field]]} already; each may come once")
 
 
+def check_output(path: Path) -> None:
+    """Stop now, not when all is done, if a file cannot be written there; makes its folder."""
+    if path.is_dir():
+        stop(f"{path}: cannot be written (it is a folder)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        stop(f"{path}: cannot be written ({error})")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path):
     """Give a temporary path beside `path`; rename it over `path` when the block ends without an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    check_output(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():                                               # said now, not when all is done
-            raise IsADirectoryError("it is a folder")
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                            # torch.save raises the latter
@@ -429,9 +439,11 @@ def choose_codebook(x: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
         check_key(args.num_levels, k)
         print(f"encoder {args.encoder} | embeddings {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         centroids = fit_codebook(x, args.num_levels, k, ITERATIONS, args.seed)
+        if args.codebook_size:
+            return centroids
         prefixes = quantize(x, centroids)[0][:, :-1]
         most = int(prefixes.unique(dim=0, return_counts=True)[1].max())
-        if args.codebook_size or most <= k:
+        if most <= k:
             return centroids
         print(f"one prefix has {most} items but {k} last codes: once more with {2 * k}")
         k *= 2
@@ -702,9 +714,10 @@ def month(text: str) -> int:
 def within(kind: type, low: float, below: float = math.inf) -> Callable:
     """An argparse type: low <= number < below."""
     def read(text: str) -> float:
-        if not low <= kind(text) < below:
+        value = kind(text)
+        if not low <= value < below:
             raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below}")
-        return kind(text)
+        return value
     read.__name__ = kind.__name__
     return read
 

@@ -43,7 +43,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +56,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from init_embeddings import autocast, load_model, save_model, sid_token_ids
-from tokenize_items import (SEED, check_known, check_text, load_pt, pick_device, read_catalogue, read_jsonl,
-                            read_samples, replacing, stop, within, write_jsonl)
+from tokenize_items import (SEED, check_known, check_output, check_text, load_pt, pick_device, read_catalogue,
+                            read_jsonl, read_samples, replacing, stop, within, write_jsonl)
 
 # Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width, R rank.
 PROMPT = "{instruction}\n"
@@ -681,8 +680,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loop.add_argument("--log-every", type=within(int, 1), default=100, help="updates per log line")
     loop.add_argument("--save-every", type=within(int, 1), default=500, help="updates between saves for --resume")
     loop.add_argument("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
-    loop.add_argument("--seed", type=SEED, default=42,
-                      help="seed of data order, templates, adapters and dropout")
+    loop.add_argument("--seed", type=SEED, default=42, help="seed of data order, templates, adapters and dropout")
     loop.add_argument("--device", default="", help="cpu, cuda, ...; empty: cuda where there is one")
     args = parser.parse_args(argv)
     if args.lora and args.stage == "align" or args.fsdp and (args.lora or args.stage == "align"):
@@ -700,7 +698,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def fill_in(args: argparse.Namespace, backbone: str) -> dict[str, float]:
     """Set what the flags leave open from PRESETS; -> the tasks' weights. Queries bring their task with them."""
     preset = dict(PRESETS["tiny" if backbone == "tiny" else "hf"])
-    args.named = args.tasks is not None                             # then each must have examples
     if args.stage == "align":
         preset |= PRESETS["align"]
     elif (Path(args.run) / "queries.jsonl").exists():
@@ -786,17 +783,6 @@ def check_lengths(longest: int, model, remedy: str) -> None:
         stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; {remedy}")
 
 
-def check_output(path: Path) -> None:
-    """Stop now, not after hours, if a file cannot be written there."""
-    if path.is_dir():
-        stop(f"{path} is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        stop(f"{path}: cannot be written ({error})")
-
-
 def resume(path: Path, loss_of: ResponseLoss, optimizer, args: argparse.Namespace) -> Progress:
     """Restore weights, optimizer and random states from a resume file; where the run stands."""
     saved = load_pt(path, ("weights", "optimizer", "random", "args", "progress"))
@@ -834,6 +820,7 @@ def main() -> None:
     run = Path(args.run)
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
+    named = args.tasks is not None                                  # then each must have examples
     weights = fill_in(args, checkpoint["args"].get("backbone"))
     sid, parents = checkpoint["sid"], find_parents(items)
     args.data = data_digest(run)                                    # --resume goes on with no other
@@ -842,7 +829,7 @@ def main() -> None:
     data = read_data(run, items, weights)
     tasks = encode_tasks(tokenizer, data, weights, args)
     tasks = {name: examples for name, examples in tasks.items() if show_task(tokenizer, name, examples, weights[name])}
-    if not tasks or args.named and len(tasks) < len(weights):
+    if not tasks or named and len(tasks) < len(weights):
         stop(f"--tasks: no examples of {', '.join(weights.keys() - tasks)} in this run; leave them out")
     train, valid = split_examples(tasks, args)
     valid = valid or read_valid(tokenizer, run, items, args)
