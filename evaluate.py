@@ -20,6 +20,7 @@ Differs from the papers
   3. Beside the accuracy of decoded texts (exact but for blanks and case) stands the F1 of their words.
   4. The policy is normalised over the trie's children at each level (`--normalize trie`), a proper distribution
      over items; `level` is the softmax over all K codes of the level.
+  5. Items that joined after training count as the average of their siblings in the trie (`--new-items`).
 
 Examples
   python evaluate.py                                               # the demo's test users
@@ -65,12 +66,13 @@ class Trie(NamedTuple):
     first_child: list[torch.Tensor]     # per level: (nodes at depth l + 1 boundary,)
     codes: list[torch.Tensor]           # per level: (nodes at depth l + 1,)
     max_children: list[int]             # per level: M
+    is_new: list[torch.Tensor]          # per level: (nodes at depth l + 1,), are all items below new? Or []: none is
     leaf_start: np.ndarray              # (leaves + 1,) into leaf_items
     leaf_items: np.ndarray              # (N,) rows of the catalogue, ascending within a leaf
 
 
-def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device) -> Trie:
-    """Build the trie of a code matrix, (N, L) -> Trie: one sort, O(N) memory."""
+def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device, new: torch.Tensor | None = None) -> Trie:
+    """Build the trie of a code matrix, (N, L) -> Trie: one sort, O(N) memory; `new` (N,): see average_siblings."""
     num_levels = codes.shape[1]
     check_key(num_levels, codebook_size)
     key = torch.zeros(len(codes), dtype=torch.long)
@@ -78,14 +80,20 @@ def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device) ->
         key = key * codebook_size + codes[:, level]
     key, order = key.sort(stable=True)                                  # catalogue order within a leaf
     nodes, items = torch.unique_consecutive(key, return_counts=True)
-    first_child, level_codes, max_children = [], [], []
+    leaf_start = F.pad(items.cumsum(0), (1, 0))
+    known = None if new is None else F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # items before each node
+    first_child, level_codes, max_children, is_new = [], [], [], []
     for _ in range(num_levels):                                         # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
+        start = F.pad(counts.cumsum(0), (1, 0))
         level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
-        first_child.insert(0, F.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32))
+        first_child.insert(0, start.to(device, torch.int32))
         max_children.insert(0, int(counts.max()))
+        if known is not None:
+            is_new.insert(0, (known.diff() == 0).to(device))
+            known = known[start]
         nodes = parents
-    return Trie(first_child, level_codes, max_children, F.pad(items.cumsum(0), (1, 0)).numpy(), order.numpy())
+    return Trie(first_child, level_codes, max_children, is_new, leaf_start.numpy(), order.numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -105,6 +113,17 @@ def any_allowed(trie: Trie, depth: int, nodes: torch.Tensor, counts: torch.Tenso
     return (until > below).view_as(nodes)
 
 
+def average_siblings(logits: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Give new children the mean probability of their known siblings, where there are any; logits, new (B, W, M).
+
+    A model has learned that a code which no item had never follows its prefix, so that by its own scores an item that
+    joined later is never recommended, however well it fits. Where n children share a prefix, a new one gets 1/n.
+    """
+    known = logits.masked_fill(new, -torch.inf)
+    count = (known > -torch.inf).sum(-1, keepdim=True)
+    return torch.where(new & (count > 0), known.logsumexp(-1, keepdim=True) - count.log(), logits)
+
+
 def expand(trie: Trie, level: int, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor,
            normalize: str, counts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Score all children of all beams; nodes, scores (B, W), logits (B, W, K) -> children, scores (B, W, M).
@@ -120,6 +139,8 @@ def expand(trie: Trie, level: int, nodes: torch.Tensor, scores: torch.Tensor, lo
     if normalize == "level":
         logits = logits.log_softmax(-1)
     gain = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
+    if trie.is_new:
+        gain = average_siblings(gain, trie.is_new[level][children] & live)
     if normalize == "trie":
         gain = gain.log_softmax(-1).masked_fill(~live, -torch.inf)      # no child alive: -inf, not NaN
     return children, scores[..., None] + gain
@@ -505,6 +526,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     search.add_argument("--normalize", choices=("trie", "level"), default="trie",
                         help="what a level's probabilities sum to one over: a node's children, or all K codes")
     search.add_argument("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
+    search.add_argument("--new-items", choices=("average", "learned"), default="average",
+                        help="the last codes of items that joined after training (tokenize_items.py --codebook) count "
+                        "as their average sibling in the trie, or as the model, which never saw them, scores them")
     search.add_argument("--exclude-history", action="store_true",
                         help="never recommend an item of the history; the data repeat items, so figures may drop")
     search.add_argument("--batch-tokens", type=within(int, 1), default=16384,
@@ -600,7 +624,9 @@ def evaluate_items(model, tokenizer, sid: dict, items: list[dict], prompts: list
     """Rank the catalogue for every sample, beside the yardsticks where there are histories; the table's rows."""
     by_id, candidates = {item["item_id"]: item for item in items}, pick_candidates(args.candidates, items)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(model.device)
-    trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], model.device)
+    later = {item["item_id"] for item in items[sid["num_items"]:]} if args.new_items == "average" else ()
+    new = torch.tensor([item["item_id"] in later for item in candidates]) if later else None
+    trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], model.device, new)
     skip = [set(s["history"]) if args.exclude_history else set() for s in samples]
     row_of = {item["item_id"]: row for row, item in enumerate(candidates)}
     excluded = [[row_of[i] for i in no if i in row_of] for no in skip] if args.exclude_history else None

@@ -98,6 +98,41 @@ def test_wide_search_is_exhaustive_ranking(num_levels, kind, tied):
             assert abs(total - 1) < 1e-5 if normalize == "trie" else total <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("normalize, share", [*itertools.product(("trie", "level"), (0.1, 0.5, 1.0))])
+@torch.no_grad()
+def test_new_items_count_as_their_average_sibling(normalize, share):
+    """Where n codes follow a prefix, o of them known: each new one has 1/n, or the mean of the o; the known share what
+    is left as the model says."""
+    model, (codes, sid_ids), prompts = random_model("qwen2"), random_catalogue(3, 60), random_prompts()
+    new = torch.rand(len(codes), generator=torch.Generator().manual_seed(8)) < share
+    known = {tuple(row[:l]) for row in codes[~new].tolist() for l in range(4)}
+    kids = children_of(codes)
+
+    def conditional(logits, prefix):
+        p, old = torch.zeros(K), [c for c in kids[prefix] if (*prefix, c) in known]
+        if normalize == "trie":
+            few = old or kids[prefix]
+            p[few] = logits[few].softmax(0) * len(few) / len(kids[prefix])
+            p[[c for c in kids[prefix] if c not in few]] = 1 / len(kids[prefix])
+        else:
+            p = logits.softmax(0)
+            p[[c for c in kids[prefix] if old and c not in old]] = p[old].mean()
+        return p.log()
+
+    trie = build_trie(codes, K, CPU, new)
+    leaves, scores = beam_search(model, trie, sid_ids, prompts, len(codes), normalize)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt + [int(sid_ids[l, c]) for l, c in enumerate(sid[:-1])] for sid in codes.tolist()])
+        logits = model(ids).logits[:, len(prompt) - 1:]
+        expected = torch.stack([sum(conditional(logits[n, l, sid_ids[l]], tuple(sid[:l]))[c] for l, c in enumerate(sid))
+                                for n, sid in enumerate(codes.tolist())])
+        torch.testing.assert_close(scores[row], expected[items_of(trie, leaves[row])], atol=1e-5, rtol=1e-5)
+        assert normalize == "level" or scores[row].double().exp().sum() == pytest.approx(1, abs=1e-5)
+    if share == 1:                                                      # nothing to compare with: the model's own
+        plain = beam_search(model, build_trie(codes, K, CPU), sid_ids, prompts, len(codes), normalize)
+        assert all(map(torch.equal, plain, (leaves, scores)))
+
+
 class TrieProcessor(LogitsProcessor):
     """The constraint for Hugging Face's beams: mask what the trie does not allow, renormalise what it does."""
 
@@ -449,18 +484,31 @@ def test_unknown_flag(run):
     assert snapshot(run) == before
 
 
+NEW_ITEMS = [{"item_id": "n1", "title": "Acme copper wire number 100", "description": "A sturdy copper wire."},
+             {"item_id": "n2", "title": "Acme clay pot number 101", "description": "A clay pot for the garden."}]
+
+
 def test_new_items_join_an_old_checkpoint(run, tmp_path, capsys):
-    new = [{"item_id": "n1", "title": "Acme copper wire number 100", "description": "A sturdy copper wire."},
-           {"item_id": "n2", "title": "Acme clay pot number 101", "description": "A clay pot for the garden."}]
-    write_lines(tmp_path / "new.jsonl", new)
+    write_lines(tmp_path / "new.jsonl", NEW_ITEMS)
     call(tokenize_items, "--run", run, "--codebook", run / "codebook.pt", "--items", tmp_path / "new.jsonl")
-    call(evaluate, "--run", run, "--num-beams", 100)
-    for p in read_lines(run / "predictions.jsonl"):
-        assert len(p["items"]) == 62 and {"n1", "n2"} < set(p["items"])
-        assert sum(map(math.exp, p["scores"])) == pytest.approx(1, abs=1e-4)
+    found = {}
+    for how in ("average", "learned"):
+        call(evaluate, "--run", run, "--num-beams", 100, "--new-items", how)
+        found[how] = read_lines(run / "predictions.jsonl")
+        for p in found[how]:
+            assert len(p["items"]) == 62 and {"n1", "n2"} < set(p["items"])
+            assert sum(map(math.exp, p["scores"])) == pytest.approx(1, abs=1e-4)
+    items = {i["item_id"]: i["sid"] for i in read_lines(run / "items.jsonl")}
+    for new in ("n1", "n2"):                                            # 1/n of a prefix that n items share
+        siblings = {i for i, sid in items.items() if sid[:-1] == items[new][:-1]}
+        for p in found["average"]:
+            scores = dict(zip(p["items"], map(math.exp, p["scores"])))
+            total = sum(scores[i] for i in siblings)
+            assert scores[new] == pytest.approx(total / len(siblings), rel=1e-3)
+    assert found["average"] != found["learned"]
     capsys.readouterr()
     call(evaluate, "--run", run, "--history", "n1,3")
-    assert new[0]["title"] in capsys.readouterr().out
+    assert NEW_ITEMS[0]["title"] in capsys.readouterr().out
 
 
 def test_shared_sids(toy_data, tmp_path, capsys):

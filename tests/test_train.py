@@ -11,7 +11,7 @@ import tokenize_items
 import torch
 import train as stage
 from conftest import assert_one_line_error, assert_stops, call, random_model, run_script, write_lines
-from init_embeddings import load_model, load_tokenizer
+from init_embeddings import load_model, load_tokenizer, sid_digest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -661,7 +661,10 @@ def test_goes_on_from_a_checkpoint_and_after_new_items(run, tmp_path):
     new = write_lines(tmp_path / "new.jsonl", [{"item_id": "new", "title": "Acme steel rod"}])
     call(tokenize_items, "--run", run, "--codebook", run / "codebook.pt", "--items", new)
     call(stage, "--run", run, "--from", run / "sft.pt", "--tasks", "text2token", *QUICK, "--out", run / "more.pt")
-    assert torch.load(run / "more.pt", weights_only=True)["args"]["tasks"] == "text2token"
+    old, new = (torch.load(run / name, weights_only=True) for name in ("sft.pt", "more.pt"))
+    assert new["args"]["tasks"] == "text2token"
+    assert (old["sid"]["num_items"], new["sid"]["num_items"]) == (60, 61)          # no longer new to evaluate.py
+    assert new["sid"]["digest"] == sid_digest(tokenize_items.read_catalogue(run / "items.jsonl")) != old["sid"]["digest"]
 
 
 def test_another_catalogue_is_refused(run, capsys):
