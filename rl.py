@@ -1,6 +1,6 @@
 """Stage 5: reinforcement learning on the trie (GRPO), from the SFT model, on the recommendation tasks.
 
-For each prompt x the policy pi draws a group of G SIDs y through the trie; rewards r are compared within the group:
+For each prompt x the policy pi names a group of G SIDs y through the trie; rewards r are compared within the group:
 
     advantage    A_i = (r_i - m) / (s + 1e-4)          m, s: the group's weighted mean and deviation
     objective    J = sum_i w_i 1/L sum_l [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta k3 ]
@@ -17,16 +17,16 @@ Differs from the paper and from MiniOneRec
   1. Probabilities are over the trie's children at each level, in rollouts and update alike, so that the policy that
      learns is the one that was drawn from; all three tokens count, SIDs have no end token.
   2. The prompt is read once for its group: drafts are query positions of one sequence under a tree mask.
-  3. `--rollout sample` draws distinct SIDs without replacement. With `--weights policy` each counts by its
-     probability over its chance to be in the group, so that the group's mean estimates the policy's own; with
-     `group`, GRPO's, each counts 1/G, which presses on whatever the group holds, the tail included.
+  3. The group is MiniOneRec's beams; `--rollout sample` draws distinct SIDs without replacement. With `--weights
+     policy` each counts by its probability over its chance to be in the group, so that the group's mean estimates
+     the policy's own; with `group`, GRPO's, each counts 1/G, which presses on whatever the group holds.
   4. A group without differences in reward is dropped from both terms and costs no forward pass; it still counts in
      the batch's mean. Deviations are the population's, MiniOneRec's the sample's.
   5. The reference stays the SFT model. Dropout is off. The best model by validation is kept, not the last.
 
 Examples
   python rl.py                                                     # the demo
-  python rl.py --rollout beam --reward hit:1,rank:1                # MiniOneRec's rollouts and reward
+  python rl.py --reward hit:1,rank:1                               # MiniOneRec's reward
   torchrun --nproc-per-node 8 -- rl.py --run runs/qwen             # Qwen2.5-1.5B, the same update as on one GPU
 """
 import argparse
@@ -452,8 +452,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--tasks", type=parse_sid_tasks,
                         help="prompts, tasks that ask for a SID; default: what the checkpoint recommends by")
     method.add_argument("--reward", type=parse_rewards, default="hit:1", help=f"mix of {', '.join(REWARDS)}")
-    method.add_argument("--rollout", choices=("sample", "beam"), default="sample",
-                        help="G distinct SIDs: drawn without replacement, or the best beams")
+    method.add_argument("--rollout", choices=("beam", "sample"), default="beam",
+                        help="G distinct SIDs: the best beams, or drawn without replacement")
     method.add_argument("--group-size", type=within(int, 2), default=16, help="G, rollouts per prompt")
     method.add_argument("--temperature", type=within(float, 1e-6), default=1.0,
                         help="of the policy that draws and learns")

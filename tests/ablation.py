@@ -60,9 +60,9 @@ ARMS = {
     "star_search": ("STAR: mean, align, sft, search task", "mean", False, ",search", True),
 }
 # name: (the arm it starts from, flags)
-RL = {"rl_neither": ("neither", ""), "rl_full": ("full", ""), "rl_beam_full": ("full", "--rollout beam"),
-      "rl_rank_full": ("full", "--reward hit:1,rank:1"), "rl_policy_full": ("full", "--weights policy"),
-      "rl_minionerec_full": ("full", "--rollout beam --reward hit:1,rank:1")}
+RL = {"rl_neither": ("neither", ""), "rl_full": ("full", ""), "rl_rank_full": ("full", "--reward hit:1,rank:1"),
+      "rl_draws_full": ("full", "--rollout sample"), "rl_draws_policy_full": ("full", "--rollout sample --weights policy"),
+      "rl_draws_rank_full": ("full", "--rollout sample --reward hit:1,rank:1")}
 SHARES = (10, 25, 50)
 SPLITS = ("valid", "test")
 NEW_ITEMS = ("average", "learned")

@@ -456,7 +456,7 @@ def test_as_a_user_sees_it(tmp_path):
     ["--tasks", ""], ["--group-size", "1"], ["--temperature", "0"], ["--clip-eps", "0"], ["--clip-eps", "1"],
     ["--epochs", "0"], ["--updates-per-rollout", "0"], ["--patience", "0"], ["--rollout", "greedy"],
     ["--temperature", "nan"], ["--kl-coef", "-1"], ["--lr", "nan"], ["--clip", "-1"], ["--seed", str(2 ** 32)],
-    ["--weights", "policy", "--group-size", "2"]])
+    ["--rollout", "sample", "--weights", "policy", "--group-size", "2"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)
