@@ -137,7 +137,9 @@ def scaling_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
                               f"--resume --tasks {tasks_of(args, ARMS[name][2], '')} {args.train}",
                               (f"share{share}", f"init_{init}"))
             for split in SPLITS:
-                steps[f"{split}_{name}_{share}"] = evaluation(run, out, f"{split}_{name}_{share}", f"--split {split}")
+                steps[f"{split}_{name}_{share}"] = Step(        # in the part: its yardsticks count its users
+                    f"evaluate.py --run {part} --checkpoint {run}/{out}.pt --split {split} "
+                    f"--metrics {run}/{split}_{name}_{share}.jsonl", (out,))
     return steps
 
 
@@ -403,10 +405,13 @@ def other_tables(wanted: list[str], runners: list[Runner]) -> list[str]:
         out.append(markdown("STAR table 2: search, and the next item beside it", ["", *heads], [
             ranking_row(ARMS[n][0], n, runners, heads) for n in TABLES["search"]]))
     if "scaling" in wanted:
-        rows = [ranking_row(f"{ARMS[n][0]}, {share} % of the users", n + (f"_{share}" if share < 100 else ""), runners,
-                            RANKING) for share in (*SHARES, 100) for n in TABLES["scaling"]]
-        out.append(markdown("STAR figure 3: data scaling", ["", *RANKING],
-                            yardstick_rows("full", runners, RANKING) + rows))
+        rows = []
+        for share in (*SHARES, 100):
+            tail = f"_{share}" if share < 100 else ""
+            found = yardstick_rows(f"full{tail}", runners, RANKING)
+            found += [ranking_row(ARMS[n][0], n + tail, runners, RANKING) for n in TABLES["scaling"]]
+            rows += [[f"{share} % of the users: {label}", *cells] for label, *cells in found]
+        out.append(markdown("STAR figure 3: data scaling", ["", *RANKING], rows))
     if "cold" in wanted:
         heads = ("HR@5", "HR@10", "HR@50", "NDCG@10", "valid HR@10", "valid NDCG@10")
         rows = [ranking_row(f"TS-Rec, --new-items {how}", how, runners, heads) for how in NEW_ITEMS]
