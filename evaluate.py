@@ -20,7 +20,7 @@ Differs from the papers
   3. Beside the accuracy of decoded texts (exact but for blanks and case) stands the F1 of their words.
   4. The policy is normalised over the trie's children at each level (`--normalize trie`), a proper distribution
      over items; `level` is the softmax over all K codes of the level.
-  5. Items that joined after training count as the average of their siblings in the trie (`--new-items`).
+  5. Items that joined later and were no target in training count as the average of their siblings (`--new-items`).
 
 Examples
   python evaluate.py                                               # the demo's test users
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from init_embeddings import autocast, load_model, sid_token_ids, to_bfloat16
+from init_embeddings import autocast, load_model, new_items, sid_token_ids, to_bfloat16
 from tokenize_items import (check_key, check_output, codes_of, fit_pca, parse_sid_token, pick_device, read_catalogue,
                             read_jsonl, read_samples, replacing, stop, within, write_jsonl)
 from train import (TASKS, check_lengths, find_parents, geometry, length_batches, prompt_ids,
@@ -527,8 +527,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="what a level's probabilities sum to one over: a node's children, or all K codes")
     search.add_argument("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
     search.add_argument("--new-items", choices=("average", "learned"), default="average",
-                        help="the last codes of items that joined after training (tokenize_items.py --codebook) count "
-                        "as their average sibling in the trie, or as the model, which never saw them, scores them")
+                        help="items that joined by tokenize_items.py --codebook and were never a target in training "
+                        "count as their average sibling in the trie, or as the model scores them")
     search.add_argument("--exclude-history", action="store_true",
                         help="never recommend an item of the history; the data repeat items, so figures may drop")
     search.add_argument("--batch-tokens", type=within(int, 1), default=16384,
@@ -624,8 +624,8 @@ def evaluate_items(model, tokenizer, sid: dict, items: list[dict], prompts: list
     """Rank the catalogue for every sample, beside the yardsticks where there are histories; the table's rows."""
     by_id, candidates = {item["item_id"]: item for item in items}, pick_candidates(args.candidates, items)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(model.device)
-    later = {item["item_id"] for item in items[sid["num_items"]:]} if args.new_items == "average" else ()
-    new = torch.tensor([item["item_id"] in later for item in candidates]) if later else None
+    unmet = {*new_items(sid, items)} if args.new_items == "average" else ()
+    new = torch.tensor([item["item_id"] in unmet for item in candidates]) if unmet else None
     trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], model.device, new)
     skip = [set(s["history"]) if args.exclude_history else set() for s in samples]
     row_of = {item["item_id"]: row for row, item in enumerate(candidates)}
@@ -691,7 +691,8 @@ def main() -> None:
     if args.history:
         return
     base = {"method": path.name, "task": args.task, "split": args.split if task.source == "samples" else "test",
-            "n": len(samples), "num_beams": args.num_beams, "exclude_history": args.exclude_history,
+            "n": len(samples), "num_beams": args.num_beams, "normalize": args.normalize,
+            "exclude_history": args.exclude_history, "candidates": args.candidates, "new_items": args.new_items,
             "seconds": round(time.time() - start, 2)}
     print_table(rows := [{**base, **row} for row in rows])
     with open(metrics, "a", encoding="utf-8") as file:

@@ -67,11 +67,16 @@ def sid_token_ids(tokenizer, num_levels: int, codebook_size: int) -> torch.Tenso
                          for l in range(num_levels)])
 
 
+def new_items(sid: dict, items: list[dict]) -> list:
+    """The item_ids that joined the catalogue after stage 3 and were no target in the checkpoint's training."""
+    return [*sid.get("new_items", ()), *(item["item_id"] for item in items[sid["num_items"]:])]
+
+
 def save_model(path: str | Path, model, tokenizer, sid: dict, weights: dict | None = None, **extra) -> None:
     """Write a self-contained checkpoint, atomically; tied weights once.
 
     `weights` stand in for the model's own (shards put together, adapters merged); `sid` is {"num_levels",
-    "codebook_size", "num_items", "digest"}; `extra` (stage, args, step, metrics, ...) is stored as it is and must
+    "codebook_size", "num_items", "digest", "new_items"}; `extra` (stage, args, step, metrics, ...) is stored as it is and must
     consist of plain Python values and tensors.
     """
     once = {name for name, _ in model.named_parameters()}
@@ -419,7 +424,7 @@ def main() -> None:
 
     out = args.out or run / "init.pt"
     save_model(out, model, tokenizer, {"num_levels": num_levels, "codebook_size": codebook_size,
-                                       "num_items": len(items), "digest": sid_digest(items)},
+                                       "num_items": len(items), "digest": sid_digest(items), "new_items": []},
                stage="init", args={**vars(args), "backbone": kind}, step=0, metrics={})
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
           f"{weight.shape[0]} rows, {args.backbone} backbone")

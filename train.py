@@ -55,7 +55,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from init_embeddings import autocast, load_model, save_model, sid_digest, sid_token_ids
+from init_embeddings import autocast, load_model, new_items, save_model, sid_digest, sid_token_ids
 from tokenize_items import (SEED, check_known, check_output, check_text, load_pt, pick_device, read_catalogue,
                             read_jsonl, read_samples, replacing, stop, within, write_jsonl)
 
@@ -822,12 +822,13 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
     named = args.tasks is not None                                  # then each must have examples
     weights = fill_in(args, checkpoint["args"].get("backbone"))
-    sid = {**checkpoint["sid"], "num_items": len(items), "digest": sid_digest(items)}       # items may have joined
-    parents = find_parents(items)
+    sid, parents = checkpoint["sid"], find_parents(items)
     args.data = data_digest(run)                                    # --resume goes on with no other
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
 
     data = read_data(run, items, weights)
+    new = {*new_items(sid, items)} - {s["target"] for s in data.get("samples", ())}
+    sid = {**sid, "num_items": len(items), "digest": sid_digest(items), "new_items": sorted(new, key=str)}
     tasks = encode_tasks(tokenizer, data, weights, args)
     tasks = {name: examples for name, examples in tasks.items() if show_task(tokenizer, name, examples, weights[name])}
     if not tasks or named and len(tasks) < len(weights):

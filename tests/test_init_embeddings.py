@@ -211,7 +211,8 @@ def test_init_checkpoint_holds_the_equations(finished_run):
     assert np.allclose(rows, mu + length * away / np.linalg.norm(away, axis=1, keepdims=True), atol=1e-5)
     items = [json.loads(line) for line in (finished_run / "items.jsonl").read_text().splitlines()]
     assert checkpoint["stage"] == "init" and checkpoint["step"] == 0
-    assert checkpoint["sid"] == {"num_levels": 3, "codebook_size": 8, "num_items": 60, "digest": sid_digest(items)}
+    assert checkpoint["sid"] == {"num_levels": 3, "codebook_size": 8, "num_items": 60, "digest": sid_digest(items),
+                                 "new_items": []}
 
 
 # ---- the vocabulary ----

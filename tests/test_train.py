@@ -660,11 +660,17 @@ def test_sft_of_the_pipeline(finished_run):
 def test_goes_on_from_a_checkpoint_and_after_new_items(run, tmp_path):
     new = write_lines(tmp_path / "new.jsonl", [{"item_id": "new", "title": "Acme steel rod"}])
     call(tokenize_items, "--run", run, "--codebook", run / "codebook.pt", "--items", new)
-    call(stage, "--run", run, "--from", run / "sft.pt", "--tasks", "text2token", *QUICK, "--out", run / "more.pt")
-    old, new = (torch.load(run / name, weights_only=True) for name in ("sft.pt", "more.pt"))
-    assert new["args"]["tasks"] == "text2token"
-    assert (old["sid"]["num_items"], new["sid"]["num_items"]) == (60, 61)          # no longer new to evaluate.py
-    assert new["sid"]["digest"] == sid_digest(tokenize_items.read_catalogue(run / "items.jsonl")) != old["sid"]["digest"]
+    digest, saved = sid_digest(tokenize_items.read_catalogue(run / "items.jsonl")), {}
+    lines = (run / "train.jsonl").read_text()
+    for tasks, more in (("text2token", ""), ("next_brief", ""), (
+            "next_brief", json.dumps({"user_id": "u", "history": [1], "target": "new"}) + "\n")):
+        (run / "train.jsonl").write_text(lines + more)
+        call(stage, "--run", run, "--from", run / "sft.pt", "--tasks", tasks, *QUICK, "--out", run / "more.pt")
+        saved[tasks, more] = torch.load(run / "more.pt", weights_only=True)
+        assert saved[tasks, more]["args"]["tasks"] == tasks
+        assert (saved[tasks, more]["sid"]["num_items"], saved[tasks, more]["sid"]["digest"]) == (61, digest)
+    assert [s["sid"]["new_items"] for s in saved.values()] == [["new"], ["new"], []]    # new until it was a target
+    assert torch.load(run / "sft.pt", weights_only=True)["sid"]["num_items"] == 60
 
 
 def test_another_catalogue_is_refused(run, capsys):
