@@ -61,7 +61,7 @@ ARMS = {
 }
 # name: (the arm it starts from, flags)
 RL = {"rl_neither": ("neither", ""), "rl_full": ("full", ""), "rl_rank_full": ("full", "--reward hit:1,rank:1"),
-      "rl_draws_full": ("full", "--rollout sample"), "rl_draws_policy_full": ("full", "--rollout sample --weights policy"),
+      "rl_draws_full": ("full", "--rollout sample"),
       "rl_draws_rank_full": ("full", "--rollout sample --reward hit:1,rank:1")}
 SHARES = (10, 25, 50)
 SPLITS = ("valid", "test")
