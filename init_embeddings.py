@@ -76,8 +76,8 @@ def save_model(path: str | Path, model, tokenizer, sid: dict, weights: dict | No
     """Write a self-contained checkpoint, atomically; tied weights once.
 
     `weights` stand in for the model's own (shards put together, adapters merged); `sid` is {"num_levels",
-    "codebook_size", "num_items", "digest", "new_items"}; `extra` (stage, args, step, metrics, ...) is stored as it is and must
-    consist of plain Python values and tensors.
+    "codebook_size", "num_items", "digest", "new_items"}; `extra` (stage, args, step, metrics, ...) is stored as it
+    is and must consist of plain Python values and tensors.
     """
     once = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once

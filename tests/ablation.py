@@ -443,8 +443,8 @@ def targets_of(table: str) -> list[str]:
         names += [f"{split}_{arm}_{share}" for share in SHARES for arm in TABLES[table] for split in SPLITS]
     if table == "rl":
         names += [f"test50_{name}" for name in ("neither", "full", *RL)]
-    return names + {"cold": [f"{split}_{how}" for how in NEW_ITEMS for split in SPLITS], "teachers": [f"{split}_{name}" for name in ("tfidf", "llm")
-                                                        for split in SPLITS]}.get(table, [])
+    others = {"cold": NEW_ITEMS, "teachers": ("tfidf", "llm")}.get(table, ())
+    return names + [f"{split}_{name}" for name in others for split in SPLITS]
 
 
 def print_tables(wanted: list[str], runners: list[Runner], out: Path) -> None:
