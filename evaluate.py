@@ -81,7 +81,7 @@ def build_trie(codes: torch.Tensor, codebook_size: int, device: torch.device, ne
     key, order = key.sort(stable=True)                                  # catalogue order within a leaf
     nodes, items = torch.unique_consecutive(key, return_counts=True)
     leaf_start = F.pad(items.cumsum(0), (1, 0))
-    known = None if new is None else F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # items before each node
+    known = None if new is None else F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # known before each
     first_child, level_codes, max_children, is_new = [], [], [], []
     for _ in range(num_levels):                                         # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)

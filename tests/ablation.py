@@ -107,10 +107,12 @@ def training_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, 
     return steps
 
 
-def evaluation(run: Path, checkpoint: str, name: str, flags: str, pattern: str = "") -> Step:
-    """Rank with RUN/checkpoint.pt, or with every file of the pattern; the figures go to RUN/name.jsonl."""
+def evaluation(run: Path, checkpoint: str, name: str, flags: str, pattern: str = "",
+               data: Path | None = None) -> Step:
+    """Rank the samples of RUN, or of the run `data`, with RUN/checkpoint.pt, or with every file of the pattern; the
+    figures go to RUN/name.jsonl."""
     files = f"for each {run}/{pattern}: " if pattern else ""
-    return Step(f"{files}evaluate.py --run {run} --checkpoint {run}/{checkpoint}.pt --metrics {run}/{name}.jsonl "
+    return Step(f"{files}evaluate.py --run {data or run} --checkpoint {run}/{checkpoint}.pt --metrics {run}/{name}.jsonl "
                 f"--predictions {run}/predictions_{name}.jsonl {flags}", (checkpoint,))
 
 
@@ -137,9 +139,8 @@ def scaling_steps(run: Path, args: argparse.Namespace, seed: int) -> dict[str, S
                               f"--resume --tasks {tasks_of(args, ARMS[name][2], '')} {args.train}",
                               (f"share{share}", f"init_{init}"))
             for split in SPLITS:
-                steps[f"{split}_{name}_{share}"] = Step(        # in the part: its yardsticks count its users
-                    f"evaluate.py --run {part} --checkpoint {run}/{out}.pt --split {split} "
-                    f"--metrics {run}/{split}_{name}_{share}.jsonl", (out,))
+                steps[f"{split}_{name}_{share}"] = evaluation(run, out, f"{split}_{name}_{share}", f"--split {split}",
+                                                              data=part)            # whose users the yardsticks count
     return steps
 
 

@@ -484,12 +484,10 @@ def test_unknown_flag(run):
     assert snapshot(run) == before
 
 
-NEW_ITEMS = [{"item_id": "n1", "title": "Acme copper wire number 100", "description": "A sturdy copper wire."},
-             {"item_id": "n2", "title": "Acme clay pot number 101", "description": "A clay pot for the garden."}]
-
-
 def test_new_items_join_an_old_checkpoint(run, tmp_path, capsys):
-    write_lines(tmp_path / "new.jsonl", NEW_ITEMS)
+    new = [{"item_id": "n1", "title": "Acme copper wire number 100", "description": "A sturdy copper wire."},
+           {"item_id": "n2", "title": "Acme clay pot number 101", "description": "A clay pot for the garden."}]
+    write_lines(tmp_path / "new.jsonl", new)
     call(tokenize_items, "--run", run, "--codebook", run / "codebook.pt", "--items", tmp_path / "new.jsonl")
     found = {}
     for how in ("average", "learned"):
@@ -499,16 +497,16 @@ def test_new_items_join_an_old_checkpoint(run, tmp_path, capsys):
             assert len(p["items"]) == 62 and {"n1", "n2"} < set(p["items"])
             assert sum(map(math.exp, p["scores"])) == pytest.approx(1, abs=1e-4)
     items = {i["item_id"]: i["sid"] for i in read_lines(run / "items.jsonl")}
-    for new in ("n1", "n2"):                                            # 1/n of a prefix that n items share
-        siblings = {i for i, sid in items.items() if sid[:-1] == items[new][:-1]}
+    for name in ("n1", "n2"):                                           # 1/n of a prefix that n items share
+        siblings = {i for i, sid in items.items() if sid[:-1] == items[name][:-1]}
         for p in found["average"]:
             scores = dict(zip(p["items"], map(math.exp, p["scores"])))
             total = sum(scores[i] for i in siblings)
-            assert scores[new] == pytest.approx(total / len(siblings), rel=1e-3)
+            assert scores[name] == pytest.approx(total / len(siblings), rel=1e-3)
     assert found["average"] != found["learned"]
     capsys.readouterr()
     call(evaluate, "--run", run, "--history", "n1,3")
-    assert NEW_ITEMS[0]["title"] in capsys.readouterr().out
+    assert new[0]["title"] in capsys.readouterr().out
 
 
 def test_shared_sids(toy_data, tmp_path, capsys):
