@@ -1,4 +1,5 @@
-"""What the tests share: a toy shop, a finished toy run, small random models, and a way to call the scripts."""
+"""What the tests share: a toy shop, a finished toy run, small random models, ways to call the scripts."""
+import importlib
 import json
 import os
 import random
@@ -15,19 +16,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")       # what is expected is a CPU's; set it to 0 to try a GPU all the same
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")      # the tests expect a CPU; set it to 0 to try a GPU
 
-THINGS = ["steel rod", "brass fitting", "nylon rope", "glass beaker", "rubber gasket", "copper wire", "oak board",
-          "paper filter", "wool blanket", "clay pot"]
+THINGS = ["steel rod", "brass fitting", "nylon rope", "glass beaker", "rubber gasket", "copper wire",
+          "oak board", "paper filter", "wool blanket", "clay pot"]
 USES = ["measuring liquids in a laboratory", "fixing pipes under a sink", "tying loads to a roof rack",
         "building a garden shed", "keeping a workshop tidy", "sealing a leaking joint"]
 
 
 def toy_items(count: int = 60) -> list[dict]:
     """Items with distinct texts, some brands and a category."""
-    return [{"item_id": i, "title": f"Acme {THINGS[i % 10]} number {i}",
-             "description": f"A sturdy {THINGS[i % 10]} for {USES[i % 6]}. Comes in size {i % 7} and lasts long.",
-             "brand": "Acme", "categories": f"Shop > {THINGS[i % 10].split()[0]}"} for i in range(count)]
+    items = []
+    for i in range(count):
+        thing = THINGS[i % 10]
+        description = f"A sturdy {thing} for {USES[i % 6]}. Comes in size {i % 7} and lasts long."
+        items.append({"item_id": i, "title": f"Acme {thing} number {i}", "description": description,
+                      "brand": "Acme", "categories": f"Shop > {thing.split()[0]}"})
+    return items
 
 
 def toy_interactions(count: int = 60, users: int = 40) -> list[dict]:
@@ -49,8 +54,9 @@ def write_lines(path: Path, rows: list) -> Path:
 
 def run_script(*args) -> subprocess.CompletedProcess:
     """Run a script as a user would, `run_script("train.py", "--run", run)`; text of both streams captured."""
-    return subprocess.run([sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=600)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -76,11 +82,10 @@ def toy_data(tmp_path_factory) -> Path:
 def finished_run(toy_data, tmp_path_factory) -> Path:
     """A run of stages 1-4 on the toy shop, 8 codes per level; read only (copy it with the `run` fixture)."""
     run = tmp_path_factory.mktemp("runs") / "toy"
-    for args in (["tokenize_items.py", "--data", toy_data, "--codebook-size", 8], ["extract_semantics.py"],
-                 ["init_embeddings.py", "--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 10],
-                 ["train.py", "--epochs", 2, "--warmup", 5]):
-        done = run_script(*args, "--run", run)
-        assert done.returncode == 0, done.stderr
+    tiny = ("--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 10)
+    for name, *flags in (("tokenize_items", "--data", toy_data, "--codebook-size", 8), ("extract_semantics",),
+                         ("init_embeddings", *tiny), ("train", "--epochs", 2, "--warmup", 5)):
+        call(importlib.import_module(name), "--run", run, *flags)
     return run
 
 
@@ -94,12 +99,13 @@ def random_model(kind: str = "qwen2", tied: bool = True, rows: int = 97, seed: i
     """A 2-layer, 32-wide random causal LM of a Hugging Face architecture, float32, in eval mode."""
     torch.manual_seed(seed)
     sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256) if kind == "gpt2" else dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256)
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256)
     if kind == "qwen3":
         sizes["head_dim"] = 8
-    config = AutoConfig.for_model(kind, vocab_size=rows, tie_word_embeddings=tied, initializer_range=0.3,
-                                  bos_token_id=None, eos_token_id=0, pad_token_id=0, **sizes, **extra)
+    config = AutoConfig.for_model(
+        kind, vocab_size=rows, tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=None,
+        eos_token_id=0, pad_token_id=0, **{**sizes, **extra})
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 

@@ -1,4 +1,5 @@
-"""Hygiene: the import graph, the layout, dependencies, loading and searching as DESIGN.md fixes them."""
+"""The layout, the import graph, the dependencies and the budgets of the project stay as they were decided."""
+import argparse
 import ast
 import importlib
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# What each stage may import from, itself left out; "never a circle, no seventh file".
+# The stages that each stage may import from. No stage imports from a later one.
 UPSTREAM = {
     "tokenize_items": set(),
     "extract_semantics": {"tokenize_items"},
@@ -17,62 +18,105 @@ UPSTREAM = {
     "train": {"tokenize_items", "init_embeddings"},
     "evaluate": {"tokenize_items", "init_embeddings", "train"},
     "rl": {"tokenize_items", "init_embeddings", "train", "evaluate"}}
-CHAIN = {"extract_semantics": "tokenize_items", "init_embeddings": "tokenize_items", "train": "init_embeddings",
-         "evaluate": "train", "rl": "evaluate"}                         # the arrows themselves
+# The stage before, which each stage must import from.
+CHAIN = {"extract_semantics": "tokenize_items", "init_embeddings": "tokenize_items",
+         "train": "init_embeddings", "evaluate": "train", "rl": "evaluate"}
+STAGES = list(UPSTREAM)
 PACKAGES = {"torch", "transformers", "numpy", "tqdm", "requests"}
-STAGES = [name for name in UPSTREAM if (ROOT / f"{name}.py").exists()]
-TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in STAGES}
+TEXTS = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in STAGES}
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
+FUNCTIONS = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree)
+             if isinstance(node, ast.FunctionDef)]
 
 
 def tracked() -> list[str]:
-    """The files that git tracks; skips where this is no checkout."""
+    """The files that git tracks; skips the test where this is no checkout."""
     try:
         done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("git is not installed")
     if done.returncode or not done.stdout:
         pytest.skip("not a git checkout")
-    return done.stdout.splitlines()
+    return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
 
 
 def imports(nodes) -> list[tuple[str, list[str]]]:
-    """(top-level module, imported names) of every import statement among `nodes`."""
-    out = []
+    """(top-level module, imported names) of every import statement among the nodes."""
+    found = []
     for node in nodes:
         if isinstance(node, ast.Import):
-            out += [(alias.name.split(".")[0], []) for alias in node.names]
+            found += [(alias.name.split(".")[0], []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            out.append(("." * node.level + (node.module or "").split(".")[0], [alias.name for alias in node.names]))
-    return out
+            module = "." * node.level + (node.module or "").split(".")[0]
+            found.append((module, [alias.name for alias in node.names]))
+    return found
 
+
+def defined_names(tree: ast.Module) -> set[str]:
+    """The functions, classes and constants of a module."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                names |= {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+def length(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def too_long(limit: int, is_main: bool) -> list[tuple]:
+    return [(name, node.name, length(node)) for name, node in FUNCTIONS
+            if (node.name == "main") == is_main and length(node) > limit]
+
+
+# ---- Layout and imports --------------------------------------------------------------------------
 
 def test_pyflakes_finds_nothing():
     pytest.importorskip("pyflakes")
-    files = [name for name in tracked() if name.endswith(".py") and (ROOT / name).exists()]
+    files = [name for name in tracked() if name.endswith(".py")]
     done = subprocess.run([sys.executable, "-m", "pyflakes", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout + done.stderr == ""
 
 
+def test_nothing_else_at_top_level():
+    top = {name.split("/")[0] for name in tracked()}
+    scripts = {f"{name}.py" for name in STAGES}
+    others = {"tests", "requirements.txt", "README.md", "LICENSE"}
+    assert scripts <= top
+    assert not {name for name in top - scripts - others if not name.startswith(".")}
+
+
+def test_the_folder_of_the_tests_has_tests_and_three_folders():
+    inside = [name.split("/")[1:] for name in tracked() if name.startswith("tests/")]
+    files = {parts[0] for parts in inside if len(parts) == 1}
+    assert {parts[0] for parts in inside if len(parts) > 1} == {"demo", "data", "studies"}
+    assert not {name for name in files if not re.fullmatch(r"conftest\.py|test_\w+\.py", name)}
+
+
 def test_the_import_graph_is_the_documented_one():
-    assert len(STAGES) >= 5
     for name, tree in TREES.items():
         found = [(module, names) for module, names in imports(ast.walk(tree)) if module in UPSTREAM]
         assert {module for module, _ in found} <= UPSTREAM[name], name
         assert name not in CHAIN or CHAIN[name] in {module for module, _ in found}, name
-        for module, names in found:                                     # by name, never *, and names that exist
-            assert names and "*" not in names, (name, module)
-            theirs = {n.name for n in TREES[module].body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-            theirs |= {t.id for n in TREES[module].body if isinstance(n, (ast.Assign, ast.AnnAssign))
-                       for target in (n.targets if isinstance(n, ast.Assign) else [n.target])
-                       for t in ast.walk(target) if isinstance(t, ast.Name)}
-            assert set(names) <= theirs, (name, module)                 # from the stage that owns them
+        for module, names in found:                     # by name, never *, and from the stage that owns it
+            assert names and set(names) <= defined_names(TREES[module]), (name, module)
 
 
-def test_third_party_imports_are_the_five_packages():
+def test_the_stages_import_only_the_five_packages():
+    known = PACKAGES | set(sys.stdlib_module_names) | set(UPSTREAM)
     for name, tree in TREES.items():
-        modules = {module for module, _ in imports(tree.body)} - set(sys.stdlib_module_names) - set(UPSTREAM)
-        assert modules <= PACKAGES, name
-        assert not any(module.startswith(".") for module in modules), name
+        assert {module for module, _ in imports(ast.walk(tree))} <= known, name
+
+
+def test_requirements_name_exactly_the_five_packages():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line.split("#")[0].strip() for line in lines]
+    assert sorted(re.split(r"[<>=!~;\[ ]", line)[0] for line in lines if line) == sorted(PACKAGES)
 
 
 def test_importing_a_stage_does_nothing():
@@ -83,9 +127,9 @@ sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["x", "--no-such-flag"]
 random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
 def state():
-    return (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.get_num_threads(),
-            torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled(), torch.is_grad_enabled(),
-            torch.cuda.is_initialized())
+    return (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(),
+            torch.get_num_threads(), torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled(),
+            torch.is_grad_enabled(), torch.cuda.is_initialized())
 before = state()
 import {", ".join(STAGES)}
 assert state() == before
@@ -94,42 +138,31 @@ assert state() == before
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_nothing_else_at_top_level():
-    top = {name.split("/")[0] for name in tracked()}
-    allowed = {f"{name}.py" for name in UPSTREAM} | {"tests", "requirements.txt", "README.md", "LICENSE"}
-    assert not {name for name in top - allowed if not name.startswith(".")}
-    assert {f"{name}.py" for name in STAGES} <= top
-
+# ---- What no script does -------------------------------------------------------------------------
 
 def test_every_load_is_weights_only():
-    for path in [*(ROOT / f"{name}.py" for name in STAGES), *(ROOT / "tests").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert any(k.arg == "weights_only" and getattr(k.value, "value", 0) is True for k in node.keywords), (
-                    f"{path.name}, line {node.lineno}")
+                values = [keyword.value for keyword in node.keywords if keyword.arg == "weights_only"]
+                assert [getattr(value, "value", None) for value in values] == [True], (path.name, node.lineno)
 
 
-def test_no_stage_but_the_teacher_generates():
-    for name in set(STAGES) - {"extract_semantics"}:
-        called = [node.func.attr for node in ast.walk(TREES[name])
+def test_no_stage_calls_generate():
+    for name, tree in TREES.items():
+        called = [node.func.attr for node in ast.walk(tree)
                   if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
         assert "generate" not in called, name
 
 
-def test_requirements_name_exactly_the_five():
-    path = ROOT / "requirements.txt"
-    if not path.exists():
-        pytest.skip("no requirements.txt yet")
-    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    assert sorted(re.split(r"[<>=!~;\[ ]", line)[0] for line in lines if line) == sorted(PACKAGES)
-
+# ---- Command lines -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", STAGES)
 def test_docstring_and_command_line(name, capsys):
     stage = importlib.import_module(name)
-    first = ast.get_docstring(TREES[name])
+    docstring = ast.get_docstring(TREES[name])
     for part in ("Reads", "Writes", f"  python {name}.py"):
-        assert part in first, part
+        assert part in docstring, part
     with pytest.raises(SystemExit) as helped:
         stage.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -137,7 +170,54 @@ def test_docstring_and_command_line(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(["--no-such-flag"])
     assert stopped.value.code == 2 and "--no-such-flag" in capsys.readouterr().err
-    args = stage.parse_args([])
-    assert Path(args.run) == Path("runs/demo")
-    for command in re.findall(rf"^  python {name}\.py(.*)$", first, flags=re.M):      # the examples parse
-        assert stage.parse_args(command.split("  #")[0].split())
+    assert Path(stage.parse_args([]).run) == Path("runs/demo")
+    examples = re.findall(rf"^  (?:python|torchrun .*--) {name}\.py(.*)$", docstring, flags=re.M)
+    for example in examples:
+        assert stage.parse_args(example.split("  #")[0].split())
+
+
+# ---- Budgets -------------------------------------------------------------------------------------
+
+def test_the_six_files_stay_within_2900_lines_and_165000_bytes():
+    lines = {name: len(text.splitlines()) for name, text in TEXTS.items()}
+    assert max(lines.values()) <= 600, lines
+    assert sum(lines.values()) <= 2_900, lines
+    assert sum(len(text.encode()) for text in TEXTS.values()) <= 165_000
+
+
+def test_lines_are_short():
+    lines = [(name, line) for name, text in TEXTS.items() for line in text.splitlines() if line.strip()]
+    assert not [(name, line) for name, line in lines if len(line) > 110]
+    assert sum(len(line) for _, line in lines) / len(lines) <= 62.0
+
+
+def test_functions_are_short():
+    assert not too_long(70, is_main=False)
+    assert not too_long(130, is_main=True)
+
+
+def test_few_functions_take_args():
+    takers = []
+    for name, node in FUNCTIONS:
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if any(parameter.arg == "args" for parameter in parameters):
+            takers.append((name, node.name))
+    assert len(takers) <= 12, takers
+
+
+def test_there_are_at_most_95_flags(monkeypatch):
+    parsers, parse = [], argparse.ArgumentParser.parse_args
+
+    def remember(parser, argv):
+        parsers.append(parser)
+        return parse(parser, argv)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", remember)
+    for name in STAGES:
+        importlib.import_module(name).parse_args([])
+    assert len(parsers) == len(STAGES)
+    flags = [action for parser in parsers for action in parser._actions if action.dest != "help"]
+    assert len(flags) <= 95, len(flags)
+
+
+def test_the_readme_has_at_most_260_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 260

@@ -1,6 +1,7 @@
 """Stage 1: K-means and residuals against loops, collisions, encoders, splits, new items, errors."""
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import (assert_one_line_error, assert_stops, call, run_script, toy
                       write_lines)
 
 SAMPLES = ("train", "valid", "test")
+CPU = torch.device("cpu")
 
 
 def points(count: int = 60, width: int = 5, seed: int = 0) -> torch.Tensor:
@@ -39,9 +41,24 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# RQ-KMeans
-# ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tokenized(toy_data, tmp_path_factory) -> Path:
+    """The run of this stage on the toy shop, 8 codes per level; read only (`run` is a copy)."""
+    folder = tmp_path_factory.mktemp("tokenized")
+    call(stage, "--data", toy_data, "--run", folder, "--codebook-size", 8)
+    return folder
+
+
+@pytest.fixture
+def run(tokenized, tmp_path) -> Path:
+    return Path(shutil.copytree(tokenized, tmp_path / "run"))
+
+
+def put(rows: list, place: int, row) -> list:
+    return rows[:place] + [row] + rows[place + 1:]
+
+
+# ---- RQ-KMeans -----------------------------------------------------------------------------------
 
 def test_assign_equals_a_loop_and_ignores_the_block_size(monkeypatch):
     x, centroids = points(), points(7, seed=1)
@@ -68,7 +85,8 @@ def test_one_lloyd_update_by_hand():
 def test_lloyd_never_rises_and_ends_at_the_means_of_the_members():
     x = points()
     values = [objective(x, stage.kmeans(x, 8, n, generator())) for n in range(8)]
-    assert all(later <= earlier + 1e-4 for earlier, later in zip(values, values[1:])) and values[-1] < values[0]
+    assert all(later <= earlier + 1e-4 for earlier, later in zip(values, values[1:]))
+    assert values[-1] < values[0]
     centroids = stage.kmeans(x, 8, 100, generator())
     codes = torch.tensor(slow_assign(x, centroids)[0])
     for c in range(8):
@@ -83,7 +101,8 @@ def test_empty_clusters_restart_at_the_farthest_points(monkeypatch):
     monkeypatch.setattr(stage, "seed_centroids", lambda *_: start.clone())
     distance = torch.tensor(slow_assign(x, start)[1])
     once = stage.kmeans(x, 4, 1, generator())
-    assert {tuple(row) for row in once[1:3].tolist()} == {tuple(x[n].tolist()) for n in distance.topk(2).indices}
+    farthest = {tuple(x[n].tolist()) for n in distance.topk(2).indices}
+    assert {tuple(row) for row in once[1:3].tolist()} == farthest
     codes = slow_assign(x, stage.kmeans(x, 4, 100, generator()))[0]
     assert set(codes) == {0, 1, 2, 3}
 
@@ -95,7 +114,7 @@ def test_seeds_are_distinct_points_and_stop_at_the_number_of_distinct_points(cap
         seeds = stage.seed_centroids(x, 6, generator(seed))
         assert sorted(seeds.tolist()) == sorted(distinct.tolist())
     assert_stops(capsys, stage.seed_centroids, x, 7, generator(),
-                 words=("codebook size 7", "distinct embeddings (6)", "--codebook-size"))
+                 words=("codebook size 7", "6 distinct vectors", "--codebook-size"))
 
 
 def test_seeds_are_drawn_by_squared_distance():
@@ -110,34 +129,33 @@ def test_seeds_are_drawn_by_squared_distance():
 
 def test_residuals_are_eq_3(capsys):
     x = points(80)
-    books = stage.fit_codebook(x, 3, 4, 100, seed=5)
+    books = stage.fit_codebooks(x, 3, 4, seed=5)
     codes, last = stage.quantize(x, books)
     rest = x.clone()
     for level in range(3):
         assert codes[:, level].tolist() == slow_assign(rest, books[level])[0]
         before, rest = rest, rest - books[level][codes[:, level]]
-    assert torch.allclose(last, before, atol=1e-6)                      # the last level's input, not its residual
+    assert torch.allclose(last, before, atol=1e-6)                      # what the last level gets
     total = sum(books[level][codes[:, level]] for level in range(3))
     assert torch.allclose(total + rest, x, atol=1e-5)
     printed = [float(line.split("mse ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
     assert printed == sorted(printed, reverse=True)
     assert printed[-1] == pytest.approx(float((rest ** 2).sum(1).mean()), abs=1e-4)
-    assert torch.equal(stage.fit_codebook(x, 3, 4, 100, seed=5), books)
+    assert torch.equal(stage.fit_codebooks(x, 3, 4, seed=5), books)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Collisions
-# ---------------------------------------------------------------------------------------------------------
+# ---- Collisions ----------------------------------------------------------------------------------
 
 def crowd(count: int = 90, k: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes (N, 3) of twelve prefixes, most of them with collisions, residuals and the last level's centroids."""
+    """Codes (N, 3) on twelve prefixes with many collisions, residuals, centroids of the last level."""
     rng = np.random.default_rng(seed)
-    codes = np.stack([rng.integers(3, size=count), rng.integers(4, size=count), rng.integers(5, size=count)], 1)
-    return codes, rng.normal(size=(count, 4)).astype(np.float32), rng.normal(size=(k, 4)).astype(np.float32)
+    codes = np.stack([rng.integers(codes_used, size=count) for codes_used in (3, 4, 5)], 1)
+    residuals = rng.normal(size=(count, 4)).astype(np.float32)
+    return codes, residuals, rng.normal(size=(k, 4)).astype(np.float32)
 
 
-def slow_resolve(codes, residuals, book, first_new: int = 0) -> list[list[int]]:
-    """The greedy rule once more, in plain Python: per prefix, who stays first, then the others nearest first."""
+def slow_resolve(codes, residuals, book, num_fixed: int = 0) -> list[list[int]]:
+    """The greedy rule in plain Python: per prefix, first those who stay, then the others, nearest first."""
     out = [list(map(int, row)) for row in codes]
     square = [[sum((float(a) - float(b)) ** 2 for a, b in zip(r, c)) for c in book] for r in residuals]
     for prefix in {tuple(row[:-1]) for row in out}:
@@ -145,7 +163,7 @@ def slow_resolve(codes, residuals, book, first_new: int = 0) -> list[list[int]]:
         shared = {c: [n for n in rows if codes[n][-1] == c] for c in {int(codes[n][-1]) for n in rows}}
         movers = []
         for code, group in shared.items():
-            old = [n for n in group if n < first_new]
+            old = [n for n in group if n < num_fixed]
             stays = old or [min(group, key=lambda n: square[n][code])]
             movers += [n for n in group if n not in stays]
         free = [c for c in range(len(book)) if c not in shared]
@@ -161,7 +179,7 @@ def test_collisions_move_as_few_as_they_must(policy):
     before = codes.copy()
     after = stage.resolve_collisions(codes, residuals, book, policy, seed=3)
     assert np.array_equal(codes, before)                                # the input is not changed
-    assert stage.colliding(codes) > 20 and stage.colliding(after) == 0
+    assert stage.count_collisions(codes) > 20 and stage.count_collisions(after) == 0
     assert np.array_equal(after[:, :-1], codes[:, :-1]) and after.max() < len(book)
     for row in np.unique(codes, axis=0):
         group = np.flatnonzero((codes == row).all(1))
@@ -188,38 +206,50 @@ def test_random_is_reproducible_by_seed():
 @pytest.mark.parametrize("policy", ["nearest", "random"])
 def test_old_rows_never_move_not_even_those_that_share_a_sid(policy):
     codes, residuals, book = crowd(k=20)
-    codes[1] = codes[0]                                                 # an official index may hold collisions
-    residuals[:50] = 0                                                  # as append_items passes them
-    after = stage.resolve_collisions(codes, residuals, book, policy, 0, first_new=50)
+    codes[1] = codes[0]                                     # an official index may hold collisions
+    residuals[:50] = 0                                                  # as assign_sids passes them
+    after = stage.resolve_collisions(codes, residuals, book, policy, 0, num_fixed=50)
     assert np.array_equal(after[:50], codes[:50])
     old, new = {tuple(r) for r in after[:50]}, [tuple(r) for r in after[50:]]
     assert len(set(new)) == 40 and old.isdisjoint(new)
     if policy == "nearest":
-        assert after.tolist() == slow_resolve(codes, residuals, book, first_new=50)
+        assert after.tolist() == slow_resolve(codes, residuals, book, num_fixed=50)
 
 
 def test_a_full_prefix_names_itself_and_the_remedy(capsys):
     codes = np.array([[0, 1, 2]] + [[2, 1, 0]] * 4)
     residuals, book = np.zeros((5, 2), np.float32), np.eye(3, 2, dtype=np.float32)
     assert_stops(capsys, stage.resolve_collisions, codes, residuals, book, "nearest", 0,
-                 words=("<a_2><b_1>", "4 items", "3 last codes", "choose", "--codebook-size", "--num-levels"))
+                 words=("<a_2><b_1>", "4 items", "3 last codes", "--codebook-size", "--num-levels"))
     assert_stops(capsys, stage.resolve_collisions, codes, residuals, book, "nearest", 0, 1,
                  words=("<a_2><b_1>", "make a new run", "--codebook-size"))
 
 
-@pytest.mark.parametrize("count, size", [(12, 4), (24, 8), (50, 8), (60, 8), (150, 16), (200, 16)])
-def test_small_catalogues_have_a_codebook_that_fits(tmp_path, capsys, count, size):
-    items = write_lines(tmp_path / "items.jsonl", toy_items(count))
-    users = write_lines(tmp_path / "users.jsonl", toy_interactions(count))
-    call(stage, "--run", tmp_path, "--items", items, "--interactions", users)
-    assert len({tuple(item["sid"]) for item in read(tmp_path / "items.jsonl")}) == count
-    assert torch.load(tmp_path / "codebook.pt", weights_only=True)["centroids"].shape[1] == size
-    assert ("once more with 16" in capsys.readouterr().out) == (count == 150)       # 150 / 12: first 8
+@pytest.mark.parametrize("count, size", [(60, 8), (1008, 64)])
+def test_the_default_codebook_size(count, size, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stage, "fit_codebooks", lambda x, levels, k, seed: asked.append(k) or stop_here())
+    data = write_lines(tmp_path / "data" / "items.jsonl", toy_items(count)).parent
+    write_lines(data / "interactions.jsonl", toy_interactions(count))
+    with pytest.raises(KeyboardInterrupt):
+        call(stage, "--data", data, "--run", tmp_path / "run")
+    assert asked == [size]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Encoders
-# ---------------------------------------------------------------------------------------------------------
+def stop_here():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("count", [24, 60])
+def test_a_small_catalogue_needs_no_flags(tmp_path, count):
+    write_lines(tmp_path / "items.jsonl", toy_items(count))
+    write_lines(tmp_path / "interactions.jsonl", toy_interactions(count))
+    call(stage, "--data", tmp_path, "--run", tmp_path / "run")
+    assert len({tuple(item["sid"]) for item in read(tmp_path / "run" / "items.jsonl")}) == count
+    assert torch.load(tmp_path / "run" / "codebook.pt", weights_only=True)["centroids"].shape[1] == 8
+
+
+# ---- Encoders ------------------------------------------------------------------------------------
 
 def test_terms_and_item_text():
     assert stage.terms_of("Steel rod, 12-mm") == ["steel", "rod", "12", "mm", "steel rod", "rod 12", "12 mm"]
@@ -229,8 +259,8 @@ def test_terms_and_item_text():
 
 
 def test_tfidf_by_hand():
-    column, idf = {"a": 0, "b": 1, "c": 2}, torch.tensor([1.0, 2.0, 3.0])
-    matrix = stage.tfidf(["a b", "a a c unknown", "nothing known"], column, idf).to_dense()
+    texts, idf = ["a b", "a a c unknown", "nothing known"], torch.tensor([1.0, 2.0, 3.0])
+    matrix = stage.tfidf_matrix(texts, ["a", "b", "c"], idf).to_dense()
     log2 = float(np.log(2))
     expected = np.array([[1, 2, 0], [1 + log2, 0, 3], [0, 0, 0]])
     expected[:2] /= np.linalg.norm(expected[:2], axis=1, keepdims=True)
@@ -244,22 +274,32 @@ def test_lsa_keeps_inner_products_where_it_has_the_width():
     df = Counter(t for text in texts for t in set(stage.terms_of(text)))
     assert set(encoder["terms"]) == {t for t, n in df.items() if n > 1}
     assert encoder["idf"].tolist() == pytest.approx([np.log(60 / df[t]) + 1 for t in encoder["terms"]])
-    x = stage.encode_lsa(texts, encoder)
+    x = stage.encode(texts, encoder, CPU)
     assert torch.allclose(x.norm(dim=1), torch.ones(60), atol=1e-5)
-    dense = stage.tfidf(texts, {t: j for j, t in enumerate(encoder["terms"])}, encoder["idf"]).to_dense()
+    dense = stage.tfidf_matrix(texts, encoder["terms"], encoder["idf"]).to_dense()
     assert torch.allclose(x @ x.T, dense @ dense.T, atol=1e-4)
-    assert torch.allclose(stage.encode_lsa(texts[7:9], encoder), x[7:9], atol=1e-6)    # a text is encoded alone
+    alone = stage.encode(texts[7:8], encoder, CPU)
+    assert torch.allclose(alone, x[7:8], atol=1e-6)
 
 
 def test_pca_reconstructs_the_sorted_variances():
     x = points(80, 6)
     pca = stage.fit_pca(x, 6)
-    z = (x - pca["pca_mean"]) @ pca["pca_components"]
+    z = (x - pca["pca_mean"]) @ pca["pca_axes"]
     variances = np.linalg.svd((x - x.mean(0)).numpy(), compute_uv=False) ** 2
     assert (z ** 2).sum(0).tolist() == pytest.approx(variances.tolist(), rel=1e-4)
-    assert torch.allclose(z @ pca["pca_components"].T + pca["pca_mean"], x, atol=1e-4)
-    narrow = stage.fit_pca(x, 2)["pca_components"]
-    assert torch.equal(narrow, pca["pca_components"][:, :2])
+    assert torch.allclose(z @ pca["pca_axes"].T + pca["pca_mean"], x, atol=1e-4)
+    assert torch.equal(stage.fit_pca(x, 2)["pca_axes"], pca["pca_axes"][:, :2])
+
+
+def test_batches_of_similar_length():
+    lengths = [5, 30, 1, 9, 9, 2, 120, 7]
+    batches = stage.length_batches(lengths, 30)
+    assert sorted(row for rows in batches for row in rows) == list(range(8))
+    for rows in batches:
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) * longest <= 30 or len(rows) == 1              # padding included
+    assert [[lengths[row] for row in rows] for rows in batches] == [[1, 2, 5, 7], [9, 9], [30], [120]]
 
 
 @pytest.fixture(scope="module")
@@ -271,20 +311,26 @@ def hf_encoder(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["[PAD]", "[UNK]", *words])}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("encoder")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]",
+                            unk_token="[UNK]").save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words) + 2, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=32, initializer_range=0.5)).save_pretrained(folder)
+    config = BertConfig(vocab_size=len(words) + 2, hidden_size=16, num_hidden_layers=2,
+                        num_attention_heads=2, intermediate_size=32, initializer_range=0.5)
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_hf_encoder_equals_an_unbatched_loop(hf_encoder, pooling):
+def test_hf_encoder_equals_an_unbatched_loop(hf_encoder, pooling, monkeypatch):
     from transformers import AutoModel, AutoTokenizer
-    texts = [" ".join(stage.item_text(item).split()[:n]) for n, item in zip((9, 2, 14, 1, 5, 30, 3), toy_items())]
-    encoder = {"name": str(hf_encoder), "pooling": pooling, "max_length": 10}
-    x = stage.encode(texts, encoder, 3, torch.device("cpu"))
-    model, tokenizer = AutoModel.from_pretrained(hf_encoder).eval(), AutoTokenizer.from_pretrained(hf_encoder)
+    words = (9, 2, 14, 1, 5, 30, 3)
+    texts = [" ".join(stage.item_text(item).split()[:n]) for n, item in zip(words, toy_items())]
+    encoder = {"name": str(hf_encoder), "pooling": pooling}
+    monkeypatch.setattr(stage, "MAX_LENGTH", 10)
+    monkeypatch.setattr(stage, "BATCH_TOKENS", 25)
+    x = stage.encode(texts, encoder, CPU)
+    model = AutoModel.from_pretrained(hf_encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(hf_encoder)
     for text, row in zip(texts, x):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :10]
         with torch.no_grad():
@@ -292,31 +338,26 @@ def test_hf_encoder_equals_an_unbatched_loop(hf_encoder, pooling):
         pooled = hidden.mean(0) if pooling == "mean" else hidden[-1]
         assert torch.allclose(row, pooled / pooled.norm(), atol=1e-5)
     assert torch.allclose(x.norm(dim=1), torch.ones(7), atol=1e-5)
-    long, cut = (stage.encode([" ".join(["steel"] * n)], {**encoder, "max_length": 999}, 1, torch.device("cpu"))
-                 for n in (600, 512))                                   # the model has 512 positions
+    monkeypatch.setattr(stage, "MAX_LENGTH", 999)                       # the model has 512 positions
+    long, cut = (stage.encode([" ".join(["steel"] * n)], encoder, CPU) for n in (600, 512))
     assert torch.equal(long, cut)
-    small = stage.fit_pca(x, 3)
-    assert torch.allclose(stage.encode(texts[:2], encoder | small, 3, torch.device("cpu")),
-                          (x[:2] - small["pca_mean"]) @ small["pca_components"], atol=1e-5)
 
 
 def test_hf_encoder_from_the_command_line(hf_encoder, toy_data, tmp_path, capsys):
-    call(stage, "--data", toy_data, "--run", tmp_path, "--encoder", hf_encoder, "--codebook-size", 8, "--dim", 4,
-         "--collision", "random")
+    call(stage, "--data", toy_data, "--run", tmp_path, "--encoder", hf_encoder, "--codebook-size", 8,
+         "--dim", 4, "--collision", "random")
     book = torch.load(tmp_path / "codebook.pt", weights_only=True)
     assert book["centroids"].shape == (3, 8, 4)
     texts = [stage.item_text(item) for item in toy_items()]
-    x = stage.encode(texts, book["encoder"], 32, torch.device("cpu"))
+    x = stage.encode(texts, book["encoder"], CPU)
     codes = stage.quantize(x, book["centroids"])[0]
     assert [stage.sid_token(0, c) + stage.sid_token(1, d) for c, d, _ in codes.tolist()] == [
         "".join(item["sid"][:2]) for item in read(tmp_path / "items.jsonl")]
     assert_stops(capsys, call, stage, "--data", toy_data, "--run", tmp_path, "--encoder", tmp_path / "none",
-                 words=("--encoder", "cannot be loaded"))
+                 words=(tmp_path / "none", "cannot be loaded"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Samples
-# ---------------------------------------------------------------------------------------------------------
+# ---- Samples -------------------------------------------------------------------------------------
 
 def users_of(*lengths: int) -> list[dict]:
     """Users with items 100u, 100u + 1, ... bought at times that interleave."""
@@ -345,24 +386,6 @@ def test_chronological_is_sorted_by_time_and_cut_8_1_1():
         assert sample["history"] == own[:own.index(sample["target"])] != []
 
 
-def test_k_core_equals_a_naive_loop():
-    rng = random.Random(1)
-    users = [{"user_id": u, "items": [min(rng.randrange(30), rng.randrange(30)) for _ in range(rng.randrange(2, 12))]}
-             for u in range(30)]
-    for user in users:
-        user["timestamps"] = list(range(len(user["items"])))
-    pairs = {(u["user_id"], t): i for u in users for t, i in enumerate(u["items"])}
-    while True:                                                         # drop one interaction at a time
-        by_user, by_item = Counter(u for u, _ in pairs), Counter(pairs.values())
-        weak = [p for p, i in pairs.items() if by_user[p[0]] < 4 or by_item[i] < 4]
-        if not weak:
-            break
-        del pairs[weak[0]]
-    kept = {(u["user_id"], t): i for u in stage.k_core(users, 4) for t, i in zip(u["timestamps"], u["items"])}
-    assert kept == pairs and 0 < len(pairs) < sum(len(u["items"]) for u in users)
-    assert stage.k_core(users, 1000) == []
-
-
 def test_toy_run_leaks_nothing_and_caps_histories(toy_data, tmp_path):
     call(stage, "--data", toy_data, "--run", tmp_path, "--codebook-size", 8, "--max-history", 3)
     items = {user["user_id"]: user["items"] for user in toy_interactions()}
@@ -373,7 +396,8 @@ def test_toy_run_leaks_nothing_and_caps_histories(toy_data, tmp_path):
             seen[user] += 1
             t = seen[user]                                              # a user's samples come in order
             assert t < len(items[user]) - reserve
-            assert sample == {"user_id": user, "history": items[user][max(0, t - 3):t], "target": items[user][t]}
+            assert sample == {"user_id": user, "history": items[user][max(0, t - 3):t],
+                              "target": items[user][t]}
     assert seen == {user: len(own) - 1 for user, own in items.items()}
 
 
@@ -381,30 +405,32 @@ def test_an_official_split_is_used_as_it_is(toy_data, tmp_path, capsys):
     data, splits = tmp_path / "data", {}
     write_lines(data / "items.jsonl", toy_items())
     for n, name in enumerate(SAMPLES):
-        splits[name] = [{"user_id": f"{name}{u}", "history": list(range(12 + n)), "target": 40 + u} for u in range(3)]
+        splits[name] = [{"user_id": f"{name}{u}", "history": list(range(12 + n)), "target": 40 + u}
+                        for u in range(3)]
         write_lines(data / f"{name}.jsonl", splits[name])
     call(stage, "--data", data, "--run", tmp_path / "run", "--codebook-size", 8, "--max-history", 20)
     assert "split official" in capsys.readouterr().out
     assert {name: read(tmp_path / "run" / f"{name}.jsonl") for name in SAMPLES} == splits
-    assert_stops(capsys, call, stage, "--data", data, "--run", tmp_path / "other", "--min-count", 5,
-                 words=("--min-count", "official"))
-    bad = write_lines(tmp_path / "bad.jsonl", [{**splits["test"][0], "user_id": None}])
-    assert_stops(capsys, stage.read_samples, bad, set(range(60)), words=("bad.jsonl, line 1", "user_id"))
-    assert stage.parse_args(["--data", str(data)]).split == "official"
-    assert stage.parse_args(["--data", str(data), "--interactions", "x"]).split == "leave-one-out"
-    assert stage.parse_args(["--data", str(toy_data)]).split == "leave-one-out"
+    assert_stops(capsys, call, stage, "--data", data, "--run", tmp_path / "other", "--split", "leave-one-out",
+                 words=("interactions.jsonl", "cannot be read"))
 
 
-def test_min_count_filters_the_catalogue_too(toy_data, tmp_path):
-    call(stage, "--data", toy_data, "--run", tmp_path, "--codebook-size", 4, "--min-count", 5)
-    kept = [item["item_id"] for item in read(tmp_path / "items.jsonl")]
-    used = {i for name in SAMPLES for s in read(tmp_path / f"{name}.jsonl") for i in [*s["history"], s["target"]]}
-    assert set(kept) == used and kept == sorted(kept) and len(kept) < 60
+def test_chronological_is_the_peers_split():
+    """One sample per target but the first, by its time (users in order where equal), cut at 80 and 90 %."""
+    rng = random.Random(2)
+    users = [{"user_id": u, "items": [rng.randrange(9) for _ in range(6)],
+              "timestamps": sorted(rng.randrange(40) for _ in range(6))} for u in range(31)]
+    peers = [(user["timestamps"][t], user["user_id"], user["items"][:t], user["items"][t])
+             for user in users for t in range(1, 6)]
+    peers.sort(key=lambda sample: sample[0])
+    cuts = (0, int(0.8 * len(peers)), int(0.9 * len(peers)), len(peers))
+    ours = stage.split_samples(users, "chronological")
+    for name, low, high in zip(SAMPLES, cuts, cuts[1:]):
+        theirs = [sample[1:] for sample in peers[low:high]]
+        assert [(s["user_id"], s["history"], s["target"]) for s in ours[name]] == theirs
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Whole runs
-# ---------------------------------------------------------------------------------------------------------
+# ---- Whole runs ----------------------------------------------------------------------------------
 
 def test_same_seed_same_files(toy_data, tmp_path, capsys):
     flags = ("--data", toy_data, "--codebook-size", 8, "--collision", "random")
@@ -412,8 +438,10 @@ def test_same_seed_same_files(toy_data, tmp_path, capsys):
         call(stage, *flags, "--run", tmp_path / name, "--seed", seed)
     for file in ("items.jsonl", *(f"{name}.jsonl" for name in SAMPLES)):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    one, two, other = (torch.load(tmp_path / n / "codebook.pt", weights_only=True) for n in ("one", "two", "other"))
-    assert torch.equal(one["centroids"], two["centroids"]) and not torch.equal(one["centroids"], other["centroids"])
+    one, two, other = (torch.load(tmp_path / name / "codebook.pt", weights_only=True)
+                       for name in ("one", "two", "other"))
+    assert torch.equal(one["centroids"], two["centroids"])
+    assert not torch.equal(one["centroids"], other["centroids"])
     assert torch.equal(one["encoder"]["components"], two["encoder"]["components"])
     assert one["encoder"]["terms"] == two["encoder"]["terms"]
     assert {p.name for p in (tmp_path / "one").iterdir()} == {
@@ -422,48 +450,68 @@ def test_same_seed_same_files(toy_data, tmp_path, capsys):
     assert "perplexity" in out and "codes in use" in out and " 0 after" in out and "wrote" in out
 
 
-def test_the_stored_codebook_gives_every_item_its_own_prefix(finished_run):
-    items = read(finished_run / "items.jsonl")
-    book = torch.load(finished_run / "codebook.pt", weights_only=True)
-    x = stage.encode([stage.item_text(item) for item in items], book["encoder"], 32, torch.device("cpu"))
+def test_the_stored_codebook_gives_every_item_its_own_prefix(tokenized):
+    items = read(tokenized / "items.jsonl")
+    book = torch.load(tokenized / "codebook.pt", weights_only=True)
+    x = stage.encode([stage.item_text(item) for item in items], book["encoder"], CPU)
     raw, residuals = stage.quantize(x, book["centroids"])
-    codes = stage.resolve_collisions(raw.numpy(), residuals.numpy(), book["centroids"][-1].numpy(), "nearest", 42)
+    last = book["centroids"][-1].numpy()
+    codes = stage.resolve_collisions(raw.numpy(), residuals.numpy(), last, "nearest", 42)
     assert [[stage.sid_token(l, c) for l, c in enumerate(row)] for row in codes.tolist()] == [
         item["sid"] for item in items]
     assert len({tuple(item["sid"]) for item in items}) == len(items)
     assert [{k: v for k, v in item.items() if k != "sid"} for item in items] == toy_items()
 
 
-def test_given_sids_keep_their_collisions(toy_data, tmp_path, capsys):
-    given = [{"item_id": i, "sid": [f"<a_{i % 3}>", f"<b_{i % 5}>", "<c_9>"]} for i in range(60)]
-    sids = write_lines(tmp_path / "index.jsonl", given[::-1])
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "codebook.pt").write_text("of an earlier run")
-    (tmp_path / "run" / "items.jsonl").mkdir()                          # cannot be replaced: the earlier run stays
-    assert_stops(capsys, call, stage, "--data", toy_data, "--run", tmp_path / "run", "--sids", sids, words=("folder",))
-    assert (tmp_path / "run" / "codebook.pt").exists()
-    (tmp_path / "run" / "items.jsonl").rmdir()
-    call(stage, "--data", toy_data, "--run", tmp_path / "run", "--sids", sids)
-    assert [{"item_id": i["item_id"], "sid": i["sid"]} for i in read(tmp_path / "run" / "items.jsonl")] == given
-    assert not (tmp_path / "run" / "codebook.pt").exists()
-    assert "collisions 45" in capsys.readouterr().out                   # 60 items on 15 SIDs
+def given_sids() -> list[dict]:
+    """SIDs for the toy shop: 60 items on 15 SIDs."""
+    return [{"item_id": i, "sid": [f"<a_{i % 3}>", f"<b_{i % 5}>", "<c_9>"]} for i in range(60)]
+
+
+def sids_of(run: Path) -> list[dict]:
+    return [{"item_id": item["item_id"], "sid": item["sid"]} for item in read(run / "items.jsonl")]
+
+
+def test_given_sids_keep_their_collisions(toy_data, run, tmp_path, capsys):
+    sids = write_lines(tmp_path / "index.jsonl", given_sids()[::-1])
+    assert (run / "codebook.pt").exists()                               # of an earlier run
+    call(stage, "--data", toy_data, "--run", run, "--sids", sids)
+    assert sids_of(run) == given_sids()
+    assert not (run / "codebook.pt").exists()
+    assert "45 collisions" in capsys.readouterr().out
+    new = write_lines(tmp_path / "new.jsonl", [{"item_id": 999, "title": "Acme steel rod"}])
+    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=("codebook.pt", "cannot be loaded"))
 
 
 @pytest.mark.parametrize("mangle, words", [
-    (lambda rows: rows[:-1], ("no valid SID (None)", "59")),
+    (lambda rows: rows[:-1], ("item 59 has no valid SID",)),
+    (lambda rows: [{**r, "item_id": str(r["item_id"])} for r in rows], ("item 0 has no valid SID",)),
+    (lambda rows: put(rows, 7, {**rows[7], "item_id": "7"}), ("item 7 has no valid SID",)),
     (lambda rows: [{**r, "sid": ["<a_1>", "<q_1>"]} for r in rows], ("'<q_1>'",)),
-    (lambda rows: [{**r, "sid": r["sid"][:2] if r["item_id"] else r["sid"]} for r in rows], ("1",)),
-    (lambda rows: [{**r, "sid": r["sid"][::-1]} for r in rows], ("0",)),
-    (lambda rows: [{**r, "sid": 7} for r in rows], ("0",)),
-    (lambda rows: [{**r, "sid": []} for r in rows], ("0",)),
-    (lambda rows: [{**r, "sid": r["sid"][:1]} for r in rows], ("0", "2 to 8 levels")),
-    (lambda rows: [{**r, "sid": ["<a_0>", "<b_0>", "<c_9999999>"]} for r in rows], ("64-bit",)),
-], ids=["missing", "spelling", "ragged", "order", "number", "empty", "one level", "huge"])
+    (lambda rows: rows[:1] + [{**r, "sid": r["sid"][:2]} for r in rows[1:]], ("item 1",)),
+    (lambda rows: [{**r, "sid": r["sid"][::-1]} for r in rows], ("item 0",)),
+    (lambda rows: [{**r, "sid": 7} for r in rows], ("line 1", "'sid'")),
+    (lambda rows: [{**r, "sid": []} for r in rows], ("item 0",)),
+    (lambda rows: [{**r, "sid": r["sid"][:1]} for r in rows], ("item 0",)),
+], ids=["missing", "ids of another type", "an id of another type", "spelling", "ragged", "order",
+        "number", "empty", "one level"])
 def test_bad_given_sids(toy_data, tmp_path, capsys, mangle, words):
-    rows = mangle([{"item_id": i, "sid": [f"<a_{i % 3}>", f"<b_{i % 5}>", "<c_9>"]} for i in range(60)])
-    sids = write_lines(tmp_path / "index.jsonl", rows)
-    assert_stops(capsys, call, stage, "--data", toy_data, "--run", tmp_path / "run", "--sids", sids, words=words)
+    sids = write_lines(tmp_path / "index.jsonl", mangle(given_sids()))
+    assert_stops(capsys, call, stage, "--data", toy_data, "--run", tmp_path / "run", "--sids", sids,
+                 words=(sids, *words))
     assert not (tmp_path / "run").exists()
+
+
+def test_ids_of_two_types_are_two_items(tmp_path):
+    """5 and "5" are different ids, in the catalogue and in --sids."""
+    ids = [5, "5", 6, "6"]
+    items = [{**item, "item_id": i} for item, i in zip(toy_items(), ids)]
+    write_lines(tmp_path / "items.jsonl", items)
+    write_lines(tmp_path / "interactions.jsonl", [{"user_id": 1, "items": ids}])
+    given = [{"item_id": i, "sid": [f"<a_{n}>", "<b_0>"]} for n, i in enumerate(ids)]
+    sids = write_lines(tmp_path / "index.jsonl", given)
+    call(stage, "--data", tmp_path, "--run", tmp_path / "run", "--sids", sids)
+    assert sids_of(tmp_path / "run") == given
 
 
 def test_new_items_get_sids_and_nothing_moves(run, tmp_path, capsys):
@@ -471,41 +519,49 @@ def test_new_items_get_sids_and_nothing_moves(run, tmp_path, capsys):
     new = [{**item, "item_id": f"new{n}", "title": item["title"].replace("Acme", "Ajax")}
            for n, item in enumerate(toy_items(12))]
     new += [{"item_id": 999, "title": "Something unheard of"}]
-    call(stage, "--run", run, "--codebook", run / "codebook.pt", "--items", write_lines(tmp_path / "new.jsonl", new))
+    call(stage, "--run", run, "--add", write_lines(tmp_path / "new.jsonl", new))
     after = (run / "items.jsonl").read_bytes()
     assert after.startswith(before["items.jsonl"])
     assert all((run / name).read_bytes() == data for name, data in before.items() if name != "items.jsonl")
     assert sorted(p.name for p in run.iterdir()) == sorted(before)
+    assert "60 items as they were, 13 new ones" in capsys.readouterr().out
     items = stage.read_catalogue(run / "items.jsonl")
     assert [i["item_id"] for i in items[60:]] == [i["item_id"] for i in new]
     assert len({tuple(i["sid"]) for i in items}) == 73
     book = torch.load(run / "codebook.pt", weights_only=True)
-    x = stage.encode([stage.item_text(i) for i in items[60:]], book["encoder"], 32, torch.device("cpu"))
+    x = stage.encode([stage.item_text(i) for i in items[60:]], book["encoder"], CPU)
     codes = stage.quantize(x, book["centroids"])[0]
-    assert [[stage.parse_sid_token(t)[1] for t in i["sid"][:2]] for i in items[60:]] == codes[:, :2].tolist()
+    assert stage.codes_of(items)[60:, :2].tolist() == codes[:, :2].tolist()
     again = write_lines(tmp_path / "again.jsonl", [new[3]])
-    assert_stops(capsys, call, stage, "--run", run, "--codebook", run / "codebook.pt", "--items", again,
-                 words=("'new3'", "already"))
+    assert_stops(capsys, call, stage, "--run", run, "--add", again, words=(again, "'new3'", "already"))
+    many = write_lines(tmp_path / "many.jsonl", [{**new[0], "item_id": f"x{n}"} for n in range(9)])
+    assert_stops(capsys, call, stage, "--run", run, "--add", many, words=("prefix <a_", "--codebook-size"))
     assert (run / "items.jsonl").read_bytes() == after
+
+
+def test_added_items_are_reduced_like_the_old_ones(toy_data, tmp_path):
+    call(stage, "--data", toy_data, "--run", tmp_path, "--codebook-size", 8, "--dim", 6)
+    copies = [{**item, "item_id": f"copy{n}"} for n, item in enumerate(toy_items(5))]
+    call(stage, "--run", tmp_path, "--add", write_lines(tmp_path / "new.jsonl", copies))
+    items = read(tmp_path / "items.jsonl")
+    assert torch.load(tmp_path / "codebook.pt", weights_only=True)["centroids"].shape == (3, 8, 6)
+    assert [item["sid"][:2] for item in items[60:]] == [item["sid"][:2] for item in items[:5]]
 
 
 def test_bad_codebooks(run, tmp_path, capsys):
     new = write_lines(tmp_path / "new.jsonl", [{"item_id": 999, "title": "Acme steel rod"}])
-    before, flags = (run / "items.jsonl").read_bytes(), ("--run", run, "--items", new, "--codebook")
-    book = torch.load(run / "codebook.pt", weights_only=True)
-    cases = {"text": b"not a checkpoint\n", "empty": b"", "cut": (run / "codebook.pt").read_bytes()[:500]}
-    for name, data in cases.items():
-        (tmp_path / name).write_bytes(data)
-    torch.save([1, 2], tmp_path / "list")
-    torch.save({**book, "centroids": book["centroids"][:2]}, tmp_path / "levels")
-    torch.save({**book, "centroids": book["centroids"][:, :2]}, tmp_path / "codes")
-    torch.save({**book, "centroids": book["centroids"][0]}, tmp_path / "flat")
-    torch.save({**book, "centroids": book["centroids"].long()}, tmp_path / "whole")
-    torch.save({**book, "encoder": {"name": "lsa"}}, tmp_path / "encoder")
-    (tmp_path / "a folder").mkdir()
-    for name in ("none", *cases, "list", "levels", "codes", "flat", "whole", "encoder", "a folder"):
-        assert_stops(capsys, call, stage, *flags, tmp_path / name, words=(tmp_path / name,))
-    assert (run / "items.jsonl").read_bytes() == before
+    catalogue, codebook = run / "items.jsonl", run / "codebook.pt"
+    before, whole = catalogue.read_bytes(), codebook.read_bytes()
+    for data in (b"not a checkpoint\n", b"", whole[:500], whole[:len(whole) // 2]):
+        codebook.write_bytes(data)
+        assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "cannot be loaded"))
+    torch.save([1, 2], codebook)
+    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "centroids, encoder"))
+    codebook.unlink()
+    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "No such file"))
+    codebook.mkdir()
+    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "directory"))
+    assert catalogue.read_bytes() == before
 
 
 def test_item_ids_are_numbers_or_strings(tmp_path):
@@ -520,113 +576,123 @@ def test_item_ids_are_numbers_or_strings(tmp_path):
     assert "é" in (tmp_path / "run" / "items.jsonl").read_text(encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
-def items_with(change) -> str:
-    """The toy catalogue as JSONL after `change(rows)`, whose result may hold raw lines."""
-    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in change(toy_items()))
+def item_lines(place: int, **fields) -> str:
+    """The toy catalogue as JSONL, the item at `place` with other fields (None: without)."""
+    rows = toy_items()
+    return jsonl(put(rows, place, {k: v for k, v in {**rows[place], **fields}.items() if v is not None}))
 
 
-def users_with(**fields) -> str:
+def user_lines(**fields) -> str:
     """The toy interactions as JSONL, the second user with other fields (None: without)."""
     rows = toy_interactions()
-    rows[1] = {k: v for k, v in {**rows[1], **fields}.items() if v is not None}
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return jsonl(put(rows, 1, {k: v for k, v in {**rows[1], **fields}.items() if v is not None}))
 
 
-def put(rows: list, place: int, row) -> list:
-    return rows[:place] + [row] + rows[place + 1:]
+def jsonl(rows: list) -> str:
+    """One line per row; a row that is a string is a line already."""
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
 
 
-BAD = {     # what is wrong: (file, content, flags, words of the message)
-    "malformed": ("items", items_with(lambda r: put(r, 4, '{"item_id": 4,')), (), ("items.jsonl", "line 5", "JSON")),
-    "too deep": ("interactions", "[" * 100_000, (), ("interactions.jsonl", "line 1", "JSON")),
-    "half an emoji": ("items", items_with(lambda r: put(r, 4, '{"item_id": 4, "title": "rod \\ud83d"}')), (),
-                      ("items.jsonl", "line 5", "surrogates")),
-    "after blank lines": ("items", "\ufeff\n \n" + items_with(lambda r: put(r, 4, {**r[4], "title": 7})), (),
-                          ("items.jsonl, line 7", "title")),
-    "no object": ("items", items_with(lambda r: put(r, 2, [1, 2])), (), ("items.jsonl", "line 3")),
-    "no title": ("items", items_with(lambda r: put(r, 2, {"item_id": 2})), (), ("line 3", "'title'")),
-    "nothing": ("items", "", (), ("items.jsonl", "no lines")),
-    "twice": ("items", items_with(lambda r: r + [r[7]]), (), ("line 61", "item_id 7", "line 8")),
-    "no text": ("items", items_with(lambda r: put(r, 3, {"item_id": 3, "title": " ", "description": None})), (),
-                ("line 4", "item_id 3", "text")),
-    "list as id": ("items", items_with(lambda r: put(r, 3, {**r[3], "item_id": [3]})), (), ("line 4", "[3]")),
-    "number as title": ("items", items_with(lambda r: put(r, 3, {**r[3], "title": 7})), (), ("line 4", "string")),
-    "unknown item": ("interactions", users_with(items=[1, 777, 2], timestamps=[1, 2, 3]), (),
-                     ("interactions.jsonl", "line 2", "777")),
-    "id of another type": ("interactions", users_with(items=["1", "2", "3"], timestamps=[1, 2, 3]), (),
-                           ("line 2", "'1'")),
-    "user twice": ("interactions", users_with(user_id="u0"), (), ("line 2", "'u0'", "line 1")),
-    "list as user": ("interactions", users_with(user_id=["u1"]), (), ("line 2", "user_id", "['u1']")),
-    "items no list": ("interactions", users_with(items=5), (), ("interactions.jsonl", "line 2")),
-    "no times": ("interactions", users_with(timestamps=None), ("--split", "chronological"),
-                 ("line 2", "'timestamps'")),
-    "times fall": ("interactions", users_with(items=[1, 2, 3], timestamps=[1, 3, 2]), (), ("line 2", "ascending")),
-    "times missing": ("interactions", users_with(items=[1, 2, 3], timestamps=[1, 2]), (), ("line 2", "as many")),
-    "times no list": ("interactions", users_with(items=[1, 2, 3], timestamps=5), (), ("line 2", "timestamps")),
-    "times mixed": ("interactions", users_with(items=[1, 2, 3], timestamps=[1, "2", 3]), (), ("line 2", "timestamps")),
-    "empty split": ("interactions", json.dumps({"user_id": "u", "items": [1, 2, 3]}) + "\n", (), ("train", "empty")),
-    "core too high": ("", "", ("--min-count", 99), ("empty", "--min-count")),
-    "K too large": ("", "", ("--codebook-size", 61), ("codebook size 61", "60", "--codebook-size")),
-    "full prefix": ("", "", ("--codebook-size", 2, "--num-levels", 2), ("prefix <a_", "--codebook-size")),
-    "dim too large": ("", "", ("--dim", 61), ("--dim 61",)),
-    "no official split": ("", "", ("--split", "official"), ("train.jsonl", "cannot be read")),
-}
+BAD_ITEMS = {       # what is wrong: (content of items.jsonl, words of the message)
+    "malformed": (jsonl(put(toy_items(), 4, '{"item_id": 4,')), ("items.jsonl, line 5", "JSON")),
+    "after blank lines": ("\ufeff\n \n" + item_lines(4, title=7), ("items.jsonl, line 7", "'title'")),
+    "no object": (jsonl(put(toy_items(), 2, [1, 2])), ("items.jsonl, line 3", "'item_id'")),
+    "no title": (item_lines(2, title=None), ("line 3", "'title'")),
+    "nothing": ("", ("items.jsonl", "is empty")),
+    "twice": (jsonl(toy_items() + toy_items()[7:8]), ("line 61", "item_id 7")),
+    "no text": (item_lines(3, title="", description=None), ("items.jsonl: item 3", "description")),
+    "blank text": (item_lines(3, title=" ", description="\n"), ("items.jsonl: item 3", "description")),
+    "list as id": (item_lines(3, item_id=[3]), ("line 4", "'item_id'")),
+    "fraction as id": (item_lines(3, item_id=3.5), ("line 4", "'item_id'")),
+    "number as title": (item_lines(3, title=7), ("line 4", "'title'")),
+    "no common word": (jsonl([{"item_id": n, "title": f"word{n}"} for n in range(60)]), ("no word",))}
+BAD_USERS = {       # what is wrong: (content of interactions.jsonl, words of the message)
+    "malformed": ('{"user_id": 4,\n', ("interactions.jsonl, line 1", "JSON")),
+    "unknown item": (user_lines(items=[1, 777, 2], timestamps=[1, 2, 3]),
+                     ("interactions.jsonl, line 2", "777", "catalogue")),
+    "id of another type": (user_lines(items=["1", "2", "3"], timestamps=[1, 2, 3]), ("line 2", "'1'")),
+    "list as item": (user_lines(items=[[1], 2, 3], timestamps=[1, 2, 3]), ("line 2", "[1]")),
+    "user twice": (user_lines(user_id="u0"), ("line 2", "'u0'")),
+    "list as user": (user_lines(user_id=["u1"]), ("line 2", "'user_id'")),
+    "items no list": (user_lines(items=5), ("line 2", "'items'")),
+    "no items": (user_lines(items=[], timestamps=[]), ("line 2", "empty")),
+    "times fall": (user_lines(items=[1, 2, 3], timestamps=[1, 3, 2]), ("'u1'", "ascending")),
+    "times missing": (user_lines(items=[1, 2, 3], timestamps=[1, 2]), ("'u1'", "one for each")),
+    "times no list": (user_lines(items=[1, 2, 3], timestamps=5), ("line 2", "timestamps")),
+    "times mixed": (user_lines(items=[1, 2, 3], timestamps=[1, "2", 3]), ("'u1'", "timestamps")),
+    "empty split": (jsonl([{"user_id": "u", "items": [1, 2, 3]}]), ("train", "empty"))}
+BAD_FLAGS = {       # what is wrong: (flags, words of the message)
+    "no times": (("--split", "chronological"), ("line 2", "'timestamps'")),
+    "K too large": (("--codebook-size", 61), ("codebook size 61", "60", "--codebook-size")),
+    "full prefix": (("--codebook-size", 2, "--num-levels", 2), ("prefix <a_", "--codebook-size")),
+    "no official split": (("--split", "official"), ("train.jsonl", "cannot be read")),
+    "no device": (("--device", "nonsense"), ("--device nonsense",))}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(case, toy_data, tmp_path, capsys):
-    file, content, flags, words = BAD[case]
-    data = tmp_path / "data"
-    for name in ("items", "interactions"):
-        (data / f"{name}.jsonl").parent.mkdir(exist_ok=True)
-        text = content if name == file else (toy_data / f"{name}.jsonl").read_text(encoding="utf-8")
-        (data / f"{name}.jsonl").write_text(text, encoding="utf-8")
+@pytest.mark.parametrize("file, case", [("items", case) for case in BAD_ITEMS] + [
+    ("interactions", case) for case in BAD_USERS] + [("", case) for case in BAD_FLAGS])
+def test_bad_input_is_one_line_and_writes_nothing(file, case, toy_data, tmp_path, capsys):
+    data, flags = Path(shutil.copytree(toy_data, tmp_path / "data")), ()
+    if file:
+        content, words = (BAD_ITEMS if file == "items" else BAD_USERS)[case]
+        (data / f"{file}.jsonl").write_text(content, encoding="utf-8")
+    else:
+        flags, words = BAD_FLAGS[case]
+        (data / "interactions.jsonl").write_text(user_lines(timestamps=None), encoding="utf-8")
+    flags = ("--split", "chronological") if case.startswith("times") else flags
     assert_stops(capsys, call, stage, "--data", data, "--run", tmp_path / "run", *flags, words=words)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("fields, words", [
+    ({"user_id": None}, ("'user_id'",)), ({"history": []}, ("empty",)), ({"history": "12"}, ("'history'",)),
+    ({"history": [1, 99]}, ("99",)), ({"target": "3"}, ("'3'",)), ({"target": [3]}, ("'target'",))])
+def test_bad_samples(tmp_path, capsys, fields, words):
+    good = {"user_id": 1, "history": [1, 2], "target": 3}
+    path = write_lines(tmp_path / "valid.jsonl", [good, {**good, **fields}])
+    assert_stops(capsys, stage.read_samples, path, set(range(60)), words=("valid.jsonl, line 2", *words))
+
+
 def test_a_bom_and_blank_lines_are_passed_over(tmp_path):
-    text = items_with(lambda rows: [*rows, '{"item_id": "e", "title": "\\ud83d\\ude00"}'])
+    text = jsonl([*toy_items(), '{"item_id": "e", "title": "\\ud83d\\ude00"}'])
     (tmp_path / "items.jsonl").write_text("\ufeff\n" + text.replace("\n", "\r\n \n"), encoding="utf-8")
     *items, emoji = stage.read_items(tmp_path / "items.jsonl")
     assert items == toy_items() and emoji["title"] == "\U0001f600"
 
 
-def test_as_a_user_sees_it(toy_data, tmp_path):
+def test_as_a_user_sees_it(tmp_path):
     done = run_script("tokenize_items.py", "--run", tmp_path / "run", "--data", tmp_path)
     assert_one_line_error(done, str(tmp_path / "items.jsonl"), "cannot be read")
     assert done.stderr.count("\n") == 1 and done.stdout == "" and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flags", [
-    ["--no-such-flag"], ["--num-levels", "1"], ["--num-levels", "9"], ["--max-history", "0"],
-    ["--codebook-size", "-1"], ["--codebook", "x"], ["--codebook", "x", "--items", "y", "--sids", "z"],
-    ["--collision", "never"], ["--split", "half"], ["--batch-size", "0"], ["--dim", "-1"], ["--max-length", "0"],
-    ["--seed", "-1"], ["--seed", str(2 ** 70)], ["--seed", "x"], ["--num-levels", "8", "--codebook-size", "256"]])
+    ["--no-such-flag"], ["--num-levels", "1"], ["--num-levels", "9"], ["--max-history", "0"], ["--add"],
+    ["--codebook-size", "-1"], ["--collision", "never"], ["--split", "half"], ["--batch-tokens", "0"],
+    ["--dim", "-1"], ["--seed", "-1"], ["--seed", str(2 ** 70)], ["--seed", "x"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags)
     assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-def test_sid_tokens_there_and_back(capsys):
+def test_sid_tokens_there_and_back():
     assert stage.sid_token(0, 12) == "<a_12>" and stage.parse_sid_token("<c_3>") == (2, 3)
     for level in range(8):
         assert stage.parse_sid_token(stage.sid_token(level, 255)) == (level, 255)
-    for wrong in ("<a_>", "<a_03>", "<a_٣>", f"<a_{10 ** 7}>", "a_1", "<i_1>", "<a_1><b_2>", " <a_1>", 5, None):
-        assert_stops(capsys, stage.parse_sid_token, wrong, words=("not a SID token",))
 
 
 def test_a_catalogue_without_valid_sids_is_refused(tmp_path, capsys):
     good = [{"item_id": i, "title": "t", "sid": [f"<a_{i}>", "<b_0>"]} for i in range(3)]
     assert len(stage.read_catalogue(write_lines(tmp_path / "good.jsonl", good))) == 3
-    for sid in (None, [], ["<a_1>"], ["<b_0>", "<a_1>"], ["<a_1>", "<b_0>", "<c_0>"], "<a_1><b_0>"):
+    wrong_tokens = ("<a_>", "<a_03>", "<a_٣>", f"<a_{10 ** 7}>", "a_1", "<i_1>", "<a_1><b_2>", " <a_1>",
+                    5, None)
+    for sid in (None, [], 7, ["<a_1>"], ["<b_0>", "<a_1>"], ["<a_1>", "<b_0>", "<c_0>"], "<a_1><b_0>",
+                *([token, "<b_0>"] for token in wrong_tokens)):
         path = write_lines(tmp_path / "bad.jsonl", put(good, 1, {**good[1], "sid": sid}))
-        assert_stops(capsys, stage.read_catalogue, path)
+        assert_stops(capsys, stage.read_catalogue, path, words=(path, "item 1"))
 
 
 @pytest.mark.parametrize("error, raised", [(ValueError, ValueError), (KeyboardInterrupt, KeyboardInterrupt),
@@ -634,11 +700,11 @@ def test_a_catalogue_without_valid_sids_is_refused(tmp_path, capsys):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, error, raised):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(raised), stage.replacing(path) as temporary:
+    with pytest.raises(raised), stage.atomic_write(path) as temporary:
         temporary.write_text("half of the n")
         raise error
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-    with stage.replacing(path) as temporary:
+    with stage.atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
@@ -657,14 +723,12 @@ def test_what_cannot_be_written_is_one_line(toy_data, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_killed_run_leaves_the_old_catalogue(toy_data, tmp_path, monkeypatch):
-    flags = ("--data", toy_data, "--run", tmp_path, "--codebook-size")
-    call(stage, *flags, 8)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def test_a_killed_run_leaves_the_old_catalogue(toy_data, run, monkeypatch):
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
 
     def killed(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(stage.torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        call(stage, *flags, 6)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        call(stage, "--data", toy_data, "--run", run, "--codebook-size", 6)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before

@@ -1,41 +1,44 @@
 """Write the demo shop: tests/demo/items.jsonl and tests/demo/interactions.jsonl, always the same bytes.
 
 Catalogue. SHOP below lists departments (#, with their brands), projects (@) and product types in the order a
-project needs them. Each type gets seven to nine items: a brand of the department, a fit (1/2 in, 18V, M6)
-where the type has one (*), a variant and a pack, all of them spelled out in title and description.
+project needs them. Each type gets seven to nine items. An item has a brand of the department, a fit
+(1/2 in, 18V, M6) if its type has one (*), a variant and a pack; title and description name them all.
 
-Users. Each user has a hidden current project and hidden loyalties: per department a brand, per project a
-fit (or none, with probability NO_LOYALTY). Each purchase is drawn in three steps:
-  1. project: stays, or with probability SWITCH (DONE_SWITCH once all its types are bought) another one, half
-     of the time from the same department;
-  2. product type: with probability NOISE any type by popularity; else, with probability REBUY if consumables
-     (+) were bought, one of those again, recent ones first; else the project's next type: going on from the
-     type of this project bought last, skipping j types weighs SKIP**j, going back BACK, buying again AGAIN;
-  3. item of that type: a consumable bought before is the very same item with probability SAME; else the
-     weight is Zipf popularity within the type, times BRAND if the brand is the user's, times FIT likewise.
-New arrivals are on sale only when a user makes the last purchase (all last purchases are in the final
-quarter, nothing else is): step 3 then includes them, with weight ARRIVAL. A few are never bought.
+Users. Each user has a hidden current project and hidden loyalties: a brand per department and a
+fit per project (or none, with probability NO_LOYALTY). Each purchase is drawn in three steps:
+  1. Project. The user changes it with probability SWITCH, or DONE_SWITCH once all its types are bought. Half
+     of the changes stay in the department.
+  2. Product type. With probability NOISE it is any type, by popularity. Otherwise, if consumables (+) were
+     bought, it is one of them again with probability REBUY, most likely a recent one. Otherwise it is a type
+     of the project: from the one bought last, skipping j types has weight SKIP**j, going back BACK, and
+     buying a type again AGAIN.
+  3. Item of that type. A consumable that was bought before is the very same item with probability SAME.
+     Otherwise the weight of an item is its Zipf popularity within the type, times BRAND if the brand is the
+     user's, times FIT if the fit is.
+New arrivals are on sale only in the final quarter, in which each user makes the last purchase and no other.
+Step 3 then includes them, with weight ARRIVAL. A few are never bought.
 
-Oracle. The exact distribution of the last purchase given the history and the process, not the hidden states.
-Given the history, steps 1-2 depend on the project alone and step 3 on type and loyalties alone, so the
-posterior factorises: a forward filter over projects, and per department one table over brand x the fits of
-its projects, both exact. The oracle sees the whole history, not the last ten items alone. It knows which
-items are new and their weight, and ranks them like any other. No recommender does better in expectation.
+Oracle. The exact distribution of the last purchase, given the history and the process but not the hidden
+states. Steps 1 and 2 depend only on the project, step 3 only on type and loyalties. So the posterior is a
+product: a forward filter over projects, and for each department one table over brand x the fits of its
+projects. The oracle sees the whole history, not only the last ten items. It knows which items are new and
+what they weigh. No recommender does better in expectation.
 
-    python tests/make_demo.py [--out DIR]      about 5 s on one core; prints the summary table
+Example, from the project's root (about 7 s on one core; also prints a table of the oracle's figures)
+  python tests/demo/make_demo.py
 """
-
 import argparse
-import json
-import os
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-# -----------------------------------------------------------------------------------------------------------
-# The process's parameters
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tokenize_items import make_parser, write_jsonl  # noqa: E402
+
+# ---- The parameters of the process ---------------------------------------------------------------
 
 SEED = 7
 NUM_USERS, MIN_LENGTH, MAX_LENGTH, MORE = 2500, 4, 15, 0.67  # length: 4, one more with probability MORE, ...
@@ -46,8 +49,8 @@ SKIP, BACK, AGAIN = 0.65, 0.1, 0.02
 ZIPF, BRAND, FIT, NO_LOYALTY = 0.4, 6.0, 8.0, 0.15
 FIRST_DAY, LAST_QUARTER, END = 1672531200, 1727740800, 1735689600  # 2023-01-01, 2024-10-01, 2025-01-01, UTC
 
-# -----------------------------------------------------------------------------------------------------------
-# The shop.  # department | brands | tip   @ section | doing what | fits | what the fit is a fit of
+# ---- The shop ------------------------------------------------------------------------------------
+# # department | brands | tip   @ section | doing what | fits | what the fit is a fit of
 # Types: name|what it is there to do|variants|packs   * comes in fits, + consumable, = type listed elsewhere
 
 SHOP = """
@@ -241,8 +244,7 @@ class Type:
     items: list[int] = field(default_factory=list)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The catalogue
+# ---- The catalogue --------------------------------------------------------------------------------
 
 
 def parse_shop() -> tuple[dict[str, list[str]], list[Project], list[Type]]:
@@ -328,8 +330,7 @@ def build_items(rng: random.Random, brands: dict, projects: list[Project],
     return items, np.array([attributes for _, attributes in rows])
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The process: what both the simulation and the oracle use
+# ---- The process, for the simulation and the oracle alike -----------------------------------------
 
 
 class Process:
@@ -375,9 +376,14 @@ class Process:
         """P(type | project, types bought so far), (P, T)."""
         step = np.zeros((len(self.projects), len(self.types)))
         for p, project in enumerate(self.projects):
-            at = next((project.types.index(t) for t in reversed(history) if t in project.types), -1)
+            latest = next((project.types.index(t) for t in reversed(history) if t in project.types), -1)
             for place, t in enumerate(project.types):
-                step[p, t] = AGAIN if t in history else SKIP ** (place - at - 1) if place > at else BACK
+                if t in history:
+                    step[p, t] = AGAIN
+                elif place > latest:
+                    step[p, t] = SKIP ** (place - latest - 1)
+                else:
+                    step[p, t] = BACK
         step /= step.sum(1, keepdims=True)
         again = np.zeros(len(self.types))
         for age, t in enumerate(reversed(history)):
@@ -445,65 +451,70 @@ class Process:
         return bought, oracle
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files and figures
+# ---- Files and figures ----------------------------------------------------------------------------
 
 
 def timestamps(rng: random.Random, length: int) -> list[int]:
     """Increasing seconds; the last purchase, and only that, falls in the final quarter."""
-    days = lambda low, high: low + int(rng.random() * (high - low))
-    return sorted(days(FIRST_DAY, LAST_QUARTER) for _ in range(length - 1)) + [days(LAST_QUARTER, END)]
-
-
-def figures(ranks: np.ndarray) -> list[float]:
-    """HR and NDCG at 3, 5, 10 from 0-based ranks of the targets."""
-    gain = 1 / np.log2(ranks + 2)
-    return [float(x.mean()) for k in (3, 5, 10) for x in ((ranks < k) * 1.0, gain * (ranks < k))]
+    def draw(low: int, high: int) -> int:
+        return low + int(rng.random() * (high - low))
+    times = [draw(FIRST_DAY, LAST_QUARTER) for _ in range(length - 1)]
+    return sorted(times) + [draw(LAST_QUARTER, END)]
 
 
 def summarise(users: list[list[int]], oracle: np.ndarray, items: np.ndarray) -> None:
-    """Print the data's size and shape, and three rankings' figures on the leave-one-out test targets."""
-    N, target = len(items), np.array([u[-1] for u in users])
-    popularity, follows = np.zeros(N), np.zeros((N, N))
-    for u in users:
-        np.add.at(popularity, u[:-2], 1)
-        np.add.at(follows, (u[:-3], u[1:-2]), 1)
-    scores = {"oracle": oracle, "bigram": follows[[u[-2] for u in users]] + popularity / 1e6,
-              "popularity": np.tile(popularity, (len(users), 1))}
-    total, repeats = sum(map(len, users)), sum(len(u) - len(set(u)) for u in users)
-    cold, share = items[target, 4].sum(), np.sort(popularity)[::-1] / popularity.sum()
-    gini = 1 - 2 * (np.cumsum(share[::-1]).mean() - 0.5 / N)
-    print(f"items {N} | users {len(users)} | interactions {total} | repeats {repeats / total:.3f} | cold test"
-          f" targets {cold:.0f} ({cold / len(users):.3f}) on {len(set(target[items[target, 4] > 0]))} of "
-          f"{NUM_ARRIVALS} arrivals | top 1 % share {share[:N // 100].sum():.3f} | Gini {gini:.3f}")
-    print(f"{'':12}" + "".join(f"{m + '@' + str(k):>9}" for k in (3, 5, 10) for m in ("HR", "NDCG")))
-    for name, score in scores.items():
-        order = np.argsort(-score, axis=1, kind="stable")  # ties by item id
-        ranks = np.argmax(order == target[:, None], axis=1)
-        print(f"{name:12}" + "".join(f"{x:9.4f}" for x in figures(ranks)))
+    """Print the size and shape of the data, and HR and NDCG of three rankings on the users' last items.
+
+    oracle: its probabilities for each user's last purchase, (users, N). items: columns as in build_items.
+    """
+    num_items, targets = len(items), np.array([user[-1] for user in users])
+    popularity, follows = np.zeros(num_items), np.zeros((num_items, num_items))
+    for user in users:
+        np.add.at(popularity, user[:-2], 1)
+        np.add.at(follows, (user[:-3], user[1:-2]), 1)
+    total = sum(len(user) for user in users)
+    repeats = sum(len(user) - len(set(user)) for user in users)
+    new_targets = targets[items[targets, 4] > 0]
+    share = np.sort(popularity)[::-1] / popularity.sum()
+    gini = 1 - 2 * (np.cumsum(share[::-1]).mean() - 0.5 / num_items)
+    print(f"items {num_items} | users {len(users)} | interactions {total} | repeats {repeats / total:.3f} | "
+          f"cold test targets {len(new_targets)} ({len(new_targets) / len(users):.3f}) on "
+          f"{len(set(new_targets))} of {NUM_ARRIVALS} arrivals | "
+          f"top 1 % share {share[:num_items // 100].sum():.3f} | Gini {gini:.3f}")
+
+    last_in_training = [user[-2] for user in users]
+    rankings = {"oracle": oracle, "bigram": follows[last_in_training] + popularity / 1e6,
+                "popularity": np.tile(popularity, (len(users), 1))}
+    print(f"{'':12}" + "".join(f"{f'HR@{k}':>9}{f'NDCG@{k}':>9}" for k in (3, 5, 10)))
+    for name, scores in rankings.items():
+        order = np.argsort(-scores, axis=1, kind="stable")      # ties by item id
+        ranks = np.argmax(order == targets[:, None], axis=1)    # from 0
+        gains = 1 / np.log2(ranks + 2)
+        figures = ""
+        for k in (3, 5, 10):
+            figures += f"{(ranks < k).mean():9.4f}{(gains * (ranks < k)).mean():9.4f}"
+        print(f"{name:12}{figures}")
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write to a temporary file, then rename: a killed run leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="folder to write to")
-    out = parser.parse_args().out
+    out = parse_args().out
     rng = random.Random(SEED)
     brands, projects, types = parse_shop()
     items, columns = build_items(rng, brands, projects, types)
     process = Process(rng, brands, projects, types, columns)
     users, oracle = zip(*(process.simulate(rng) for _ in range(NUM_USERS)))
-    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, user in enumerate(users, 1):
+        rows.append({"user_id": f"u{number:04d}", "items": [i + 1 for i in user],
+                     "timestamps": timestamps(rng, len(user))})
     write_jsonl(out / "items.jsonl", items)
-    write_jsonl(out / "interactions.jsonl",
-                [{"user_id": f"u{n + 1:04d}", "items": [i + 1 for i in user],
-                  "timestamps": timestamps(rng, len(user))} for n, user in enumerate(users)])
+    write_jsonl(out / "interactions.jsonl", rows)
     summarise(users, np.array(oracle), columns)
     print(f"wrote {out / 'items.jsonl'} and {out / 'interactions.jsonl'}")
 
