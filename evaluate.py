@@ -51,7 +51,7 @@ class Trie(NamedTuple):
     first_child: list[Tensor]           # per level: (nodes + 1,)
     codes: list[Tensor]                 # per level: (children,)
     max_children: list[int]             # per level: M
-    is_new: list[Tensor]                # per level: (children,), are all items below new?
+    is_new: list[Tensor]                # per level: (children,), are all items below new? Or []
     leaf_start: np.ndarray              # (leaves + 1,) places in leaf_items
     leaf_items: np.ndarray              # (N,) rows of the catalogue, ascending within a leaf
 
@@ -66,8 +66,9 @@ def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Ten
     key, order = key.sort(stable=True)                          # catalogue order within a leaf
     nodes, items = torch.unique_consecutive(key, return_counts=True)
     leaf_start = F.pad(items.cumsum(0), (1, 0))
-    old = torch.ones(len(codes), dtype=torch.long) if new is None else (~new)[order].long()
-    old_before = F.pad(old.cumsum(0), (1, 0))[leaf_start]       # old items before each node
+    if new is None:
+        new = torch.zeros(len(codes), dtype=torch.bool)
+    old_before = F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # old items before each node
     first_child, level_codes, max_children, is_new = [], [], [], []
     for _ in range(num_levels):                                 # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
@@ -75,7 +76,8 @@ def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Ten
         first_child.insert(0, start.to(device, torch.int32))
         level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
         max_children.insert(0, int(counts.max()))
-        is_new.insert(0, (old_before.diff() == 0).to(device))
+        if new.any():
+            is_new.insert(0, (old_before.diff() == 0).to(device))
         nodes, old_before = parents, old_before[start]
     return Trie(first_child, level_codes, max_children, is_new, leaf_start.numpy(), order.numpy())
 
@@ -120,7 +122,8 @@ def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor,
     if counts is not None:
         live = live & any_allowed(trie, level + 1, children, counts)
     logits = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
-    logits = average_siblings(logits, trie.is_new[level][children] & live)
+    if trie.is_new:
+        logits = average_siblings(logits, trie.is_new[level][children] & live)
     return children, logits.log_softmax(-1).masked_fill(~live, -torch.inf)      # -inf, not NaN
 
 def add_gumbel(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -130,8 +133,8 @@ def add_gumbel(x: Tensor, generator: torch.Generator) -> Tensor:
 def perturb(scores: Tensor, parent: Tensor, generator: torch.Generator) -> Tensor:
     """Gumbel-perturbed scores of all children; scores (B, W, M), perturbed parents (B, W) -> (B, W, M).
 
-    Stochastic beam search (arXiv 1903.06059, algorithm 1): the largest of a node's children must equal the
-    node's own perturbed score G. Free noise gives g with maximum Z; conditioned, in stable form (B.3),
+    Stochastic beam search (arXiv 1903.06059, algorithm 1): the largest of a node's children must equal
+    the node's own perturbed score G. Free noise gives g with maximum Z; in stable form (B.3)
         v = G - g + log(1 - exp(g - Z)),    G_child = G - max(0, v) - log(1 + exp(-|v|)).
     """
     free = add_gumbel(scores, generator)
@@ -148,7 +151,7 @@ class Prefix(NamedTuple):
     last: Tensor                        # (B, 1, D) hidden states of the last tokens
 
 def prefill(model, prompts: list[list[int]], precision: str = "cuda") -> Prefix:
-    """Read the prompts. A plain DynamicCache keeps all of them, also for models with a sliding window."""
+    """Read the prompts. A plain DynamicCache keeps them whole, even with a sliding window."""
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     cache = DynamicCache()

@@ -12,8 +12,8 @@ Writes  RUN/semantics.jsonl: {"token": "<a_12>", "description": str, "keywords":
         RUN/teacher_cache.jsonl, with --teacher http: good answers; a killed run continues from them
 
 Differs from the paper
-  1. `--teacher tfidf` (default) is not a language model. It keeps the rules of appendix A.1: no brands, no
-     numbers. Descriptions fill a template, queries are words of the title.
+  1. `--teacher tfidf` (default) is not a language model. Descriptions fill a template, queries are words
+     of the title. It keeps the rules of appendix A.1: no brands, no numbers.
   2. `--teacher http` gets the papers' prompts, shortened. A bad answer is asked for again, with what was
      wrong. If it is still bad, tfidf takes its place, as "source" says.
   3. STAR (appendix A.1.2) writes 5 queries per item. Here one of each item's is for testing.
@@ -61,13 +61,12 @@ MEANING_PROMPT = """You are a Senior Product Content Analyst and Catalog Special
 below, synthesize what they share into a single, cohesive "Product Family Description", then produce a \
 related keyword list.
 - Identify the functional, design, usage or performance traits that ALL listed items share.
-- Describe the product family as a category, not the individual items: broad enough to encompass all of \
-them, specific enough to convey meaningful shared traits.
-- Write one continuous paragraph of 3-5 sentences, no bullet points: professional, neutral, objective \
-third person; focused on function, durability, applicability or end-user benefits.
+- Describe the product family as a category, not the individual items: broad enough for all of them, \
+specific enough to convey shared traits.
+- Write one continuous paragraph of 3-5 sentences, no bullet points: neutral, objective third person; \
+focused on function, durability, applicability or end-user benefits.
 - Replace exact measurements, quantities and configurations with generalized terms.
-- No brand names, proprietary technology names, marketing slogans or promotional adjectives; only \
-verifiable facts.
+- No brand names, marketing slogans or promotional adjectives; only verifiable facts.
 - Extract 10-20 domain-relevant, semantically meaningful keywords; none is only a number.
 
 Items, one JSON object per line:
@@ -78,9 +77,9 @@ QUERIES_PROMPT = """You are an AI assistant specializing in generating realistic
 products. Here is the JSON data of a product:
 {item}
 
-Generate exactly {count} different queries that users are most likely to search this specific product with. \
-Consider brand, product type, specific features, use cases, and common misspellings or alternative names. \
-Use natural language and phrasing of real users; vary length and specificity, broad and narrow terms.
+Generate exactly {count} different queries that users are most likely to search this product with. \
+Consider brand, product type, features, use cases, and common misspellings or alternative names. \
+Use the language of real users; vary length and specificity.
 
 Answer in pure JSON, without any other text, {count} objects: [{{"query": "..."}}, ...]"""
 ASK_AGAIN = "That answer cannot be used: {problem}. Give the corrected JSON, without any other text."
@@ -157,7 +156,7 @@ def plain_queries(item: dict, count: int, seed: int) -> list[str]:
     words = [word for word in words_of(text) if len(word) > 2 and word not in STOP_WORDS]
     words = list(dict.fromkeys(words))[:12] or [text.strip()]
     queries = {}
-    for _ in range(20 * count):                                 # short titles allow few different ones
+    for _ in range(20 * count):         # short titles allow few different ones
         places = sorted(rng.sample(range(len(words)), min(rng.randint(2, 3), len(words))))
         brand = item["brand"].lower() if rng.random() < 0.2 else ""
         query = dict.fromkeys([*brand.split(), *(words[place] for place in places)])    # no word twice
@@ -298,7 +297,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
                     arrived.put((name, ask(session, url, model, questions[name])))
                 except requests.RequestException as error:
                     arrived.put((name, error))
-    for _ in range(workers):                                    # daemons do not keep a stopped script alive
+    for _ in range(workers):            # daemons do not keep a stopped script alive
         threading.Thread(target=work, daemon=True).start()
     try:
         with open(cache_path, "a", encoding="utf-8") as file:

@@ -15,9 +15,8 @@ Differs from the paper
   1. `--backbone tiny` (default) builds a small Qwen2-shaped LM with its own BPE and pretrains it on the
      item texts for about a minute, so that nothing has to be downloaded.
   2. `--sa-norm`: none is eq. 9 as printed. vocab rescales each row to the vocabulary's average norm, as
-     the authors' code does. centered (default) first subtracts what all SA rows have in common, because
-     they all point in nearly the same direction: e_s <- mu + (e_s - mean_s e_s), rescaled to the
-     average |e_v - mu|.
+     the authors' code does. centered (default) first subtracts what all SA rows have in common, since
+     they point in nearly the same direction: e_s <- mu + (e_s - mean_s e_s), at the mean |e_v - mu|.
   3. An untied LM head is initialised in the same way, from its own rows.
 
 Examples
@@ -142,6 +141,7 @@ def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
     warmup = 0.1 if steps > 10 else 0.3
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=warmup)
     window, losses = min(PRETRAIN_WINDOW, len(tokens) - 1), []
+    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")    # its backward is slow there
     model.train()
     for _ in tqdm(range(steps), desc="pretrain", unit="step", disable=None):
         starts = torch.randint(len(tokens) - window, (PRETRAIN_BATCH, 1), generator=generator)
@@ -334,6 +334,7 @@ def check_lengths(longest: int, config, in_search: bool = False) -> None:
 def join_processes(device_name: str, seed: int) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; under torchrun, joins the others. Only rank 0 prints."""
     device = set_up(device_name, seed)
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # its backward is slow for short texts
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
@@ -380,7 +381,7 @@ def save_progress(path: Path, model, optimizer, state: dict, settings: dict, ran
     """Write what --resume needs. All processes must call it."""
     content = {"weights": full_state.get_model_state_dict(model, options=FULL_STATE), "optimizer": None,
                "state": state, "settings": settings}
-    if optimizer.state:                                         # it has none before its first step
+    if optimizer.state:                 # it has none before its first step
         content["optimizer"] = full_state.get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
     if rank == 0:
         with atomic_write(path) as temporary:
@@ -443,7 +444,7 @@ def main() -> None:
                                       args.pretrain_steps, args.seed, device)
     elif args.backbone.endswith(".pt"):
         model, tokenizer, checkpoint = load_model(args.backbone, device)
-        args.backbone = checkpoint["args"]["backbone"]          # stages 4 and 5 choose settings by it
+        args.backbone = checkpoint["args"]["backbone"]  # stages 4 and 5 choose settings by it
     else:
         model, tokenizer = load_backbone(args.backbone, device)
     check_head(model, args.backbone)
@@ -457,7 +458,7 @@ def main() -> None:
     if matrices["embedding"] is matrices["head"]:
         matrices = {"embedding and head (tied)": matrices["embedding"]}
     for name, weight in matrices.items():
-        text_rows = weight.detach()[:int(sid_ids.min())]        # the rows before the first SID token
+        text_rows = weight.detach()[:int(sid_ids.min())]    # before the first SID token
         rows = initial_rows(text_rows, keyword_ids, num_levels, codebook_size, args.init, args.sa_norm,
                             args.sa_depth, args.seed)
         with torch.no_grad():

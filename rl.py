@@ -81,7 +81,7 @@ def group_rewards(mix: dict[str, float], codes: Tensor, leaves: Tensor, scores: 
     hit: 1 for the target's SID. prefix: the share of the target's SID that a rollout begins with.
     """
     hits = (leaves == targets[:, None]).float()
-    same = codes[leaves] == codes[targets][:, None]             # (B, G, L)
+    same = codes[leaves] == codes[targets][:, None]     # (B, G, L)
     rewards = {"hit": hits, "rank": rank_penalty(hits, scores),
                "prefix": same.int().cumprod(-1).float().mean(-1)}
     return sum(weight * rewards[name] for name, weight in mix.items())
@@ -153,7 +153,7 @@ class Group(NamedTuple):
 
 def roll_out(model, catalogue: Catalogue, batch: list[Prompt], group_size: int, mix: dict[str, float],
              sample: torch.Generator | None, micro_tokens: int) -> tuple[list[Group], Counter]:
-    """Propose and judge a group of SIDs for each prompt; -> groups whose rewards differ, sums to log."""
+    """Propose and judge a group for each prompt; -> groups whose rewards differ, sums to log."""
     groups, sums = [], Counter(groups=0, dropped=0, reward=0.0, hits=0, entropy=0.0)
     for rows in length_batches([len(prompt.ids) + group_size for prompt in batch], micro_tokens):
         prompts = [batch[row].ids for row in rows]
@@ -243,7 +243,7 @@ def show(row: dict, names) -> str:
 
 # ---- Data --------------------------------------------------------
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
-    """The trie of the items; those that were never a target count as the average of their siblings."""
+    """The trie of the items; those that were never a target are averaged over their siblings."""
     unseen = new_items(sid, items)
     new = torch.tensor([item["item_id"] in unseen for item in items])
     codes = torch.from_numpy(codes_of(items))

@@ -135,8 +135,8 @@ def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
 # ---- RQ-KMeans (eqs. 1-3) ----------------------------------------
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++: draw each centroid in proportion to its squared distance; (N, D) -> (K, D)."""
-    square = (x * x).sum(1)                                             # (N,)
-    distance = torch.full_like(square, torch.inf)                       # to the nearest centroid so far
+    square = (x * x).sum(1)                         # (N,)
+    distance = torch.full_like(square, torch.inf)   # to the nearest centroid so far
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
     for _ in range(k - 1):
         last = chosen[-1]                                       # |x - c|^2 = |x|^2 - 2 x.c + |c|^2
@@ -212,8 +212,8 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
                        seed: int, num_fixed: int = 0) -> np.ndarray:
     """Give all but one item of each shared SID another last code; (N, L), (N, D), (K, D) -> (N, L).
 
-    The item nearest to its centroid keeps the SID. The others get the free code whose centroid is nearest
-    to their residual, or any ("random": TS-Rec, footnote 1). The first `num_fixed` rows never move.
+    The item nearest to its centroid keeps the SID. The others get the free code nearest to their residual,
+    or any ("random": TS-Rec, footnote 1). The first `num_fixed` rows never move.
     """
     codes = codes.copy()
     rng = np.random.default_rng(seed)
@@ -445,14 +445,13 @@ def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 def set_up(device_name: str, seed: int = 0) -> torch.device:
-    """What a script does first: choose the device, seed torch, set two options for CPUs."""
+    """What a script does first: seed torch and choose the device."""
     torch.manual_seed(seed)
     try:
         device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         stop(f"--device {device_name}: not available here ({str(error).splitlines()[0]})")
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # slow backward on a CPU for short texts
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # or it keeps gigabytes of kernels
     return device
 

@@ -343,11 +343,12 @@ def user_sequences(samples: list[dict]) -> list[dict]:
     sequences, last_of = [], {}
     for sample in samples:
         history, items = sample["history"], last_of.get(sample["user_id"], [])
-        if items[-len(history):] != history or len(items) >= MAX_SEQUENCE:
-            items = last_of[sample["user_id"]] = list(history)  # a new piece
+        if items[-len(history):] != history:    # it does not follow the user's last sample
+            items = last_of[sample["user_id"]] = list(history)
             sequences.append({"user_id": sample["user_id"], "items": items})
         items.append(sample["target"])
-    return sequences
+    return [{**row, "items": row["items"][start:start + MAX_SEQUENCE]} for row in sequences
+            for start in range(0, len(row["items"]) - 1, MAX_SEQUENCE - 1)]     # pieces share one item
 
 def read_queries(path: Path, known: set, split: str) -> list[dict]:
     """The search queries of one split, {"item_id", "query", "split"}."""
@@ -439,7 +440,7 @@ def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
     args.backbone = backbone
     args.recommends = next((name for name in args.tasks if TASKS[name].recommends), "next")
     if args.lora:
-        args.weight_decay = 0.0                                 # it would shrink the masked rows
+        args.weight_decay = 0.0         # it would shrink the masked rows
 
 def load_examples(args: argparse.Namespace, tokenizer, run: Path,
                   data: dict) -> tuple[dict[str, list[Example]], list[Example]]:
@@ -448,16 +449,26 @@ def load_examples(args: argparse.Namespace, tokenizer, run: Path,
     for name, weight in args.tasks.items():
         examples[name] = make_examples(tokenizer, name, data, args.max_response, weight, f"{args.seed} 0")
         show_task(tokenizer, name, examples[name])
-    if not any(examples.values()):
-        stop(f"--tasks: this run has no examples of {', '.join(examples)}; choose other tasks")
     if args.stage == "align":
         valid = [e for rows in examples.values() for e in rows[::HELD_OUT_EVERY]]
         for rows in examples.values():
             del rows[::HELD_OUT_EVERY]
-        return examples, valid
-    known = {item["item_id"] for item in data["items"]}
-    data = {"items": data["items"], "samples": read_samples(run / "valid.jsonl", known)}
-    return examples, make_examples(tokenizer, args.recommends, data, 0)
+    else:
+        samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in data["items"]})
+        valid = make_examples(tokenizer, args.recommends, {**data, "samples": samples}, 0)
+    if not any(examples.values()):
+        stop(f"--tasks: this run has no examples of {', '.join(examples)}; choose other tasks")
+    return examples, valid
+
+def prepare_model(args: argparse.Namespace, model, sid_ids: Tensor) -> None:
+    """Choose what trains; add dropout and gradient checkpointing."""
+    if args.stage == "align" or args.lora:
+        train_sid_rows_only(model, sid_ids)
+    if args.lora:
+        add_lora(model, args.lora)
+    add_dropout(model, args.dropout)
+    if args.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 def main() -> None:
     args = parse_args()
@@ -475,15 +486,8 @@ def main() -> None:
     steps = steps_per_epoch * args.epochs
     eval_every = max(1, steps_per_epoch // args.evals_per_epoch)
 
-    # What trains
     sid = checkpoint["sid"]
-    if args.stage == "align" or args.lora:
-        train_sid_rows_only(model, sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]))
-    if args.lora:
-        add_lora(model, args.lora)
-    add_dropout(model, args.dropout)
-    if args.grad_checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepare_model(args, model, sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]))
     loss_of = ResponseLoss(model).train()
     if args.fsdp:
         shard(loss_of, world)
@@ -497,7 +501,7 @@ def main() -> None:
     resume_path = out.with_name(f"{out.stem}_resume.pt")
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
     settings = {**vars(args), "examples": num_examples, "parameters": count_parameters(model),
-                "processes": world}
+                "processes": world, "catalogue": sid["digest"]}
     step, best, bad_evals, log = 0, math.inf, 0, []
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)
@@ -512,7 +516,7 @@ def main() -> None:
         # Data order and dropout follow from seed and step, so that a resumed run repeats them
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 or not batches:
-            if epoch and "basket" in examples:                  # baskets are shuffled again in every epoch
+            if epoch and "basket" in examples:  # baskets are shuffled again in every epoch
                 examples["basket"] = make_examples(tokenizer, "basket", data, args.max_response,
                                                    args.tasks["basket"], f"{args.seed} {epoch}")
             everything = [e for rows in examples.values() for e in rows]
@@ -529,7 +533,7 @@ def main() -> None:
         for piece in micro_batches(batch, args.micro_tokens, rank, world):
             ids, labels, weights, tasks = collate(piece, device)
             with autocast(device, args.precision):
-                token_losses = loss_of(ids, labels)             # (S,)
+                token_losses = loss_of(ids, labels)     # (S,)
             loss = (token_losses * weights).sum() / supervised
             (loss * world if args.fsdp else loss).backward()    # FSDP averages over processes
             nll.index_add_(0, tasks, token_losses.detach() * (weights > 0))
@@ -565,7 +569,8 @@ def main() -> None:
             log.append(row)
         leave = interrupted()
         if better or validate and args.keep:
-            weights = merge_lora(model, get_model_state_dict(model, options=FULL_STATE))
+            weights = get_model_state_dict(model, options=FULL_STATE)   # empty but on rank 0
+            weights = merge_lora(model, weights) if rank == 0 else {}
             paths = [out] if better else []
             if args.keep:
                 paths.append(out.with_name(f"{out.stem}_{step:05d}.pt"))

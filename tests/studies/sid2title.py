@@ -76,7 +76,8 @@ def decode_all(model, tokenizer, prompts: list[list[int]], num_beams: int, max_t
                batch_tokens: int) -> list[list[str]]:
     """Texts for every prompt, best first; never past the backbone's positions."""
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    window = getattr(model.config, "use_sliding_window", True) and getattr(model.config, "sliding_window", None)
+    config = model.config
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     texts: list = [None] * len(prompts)
     batches = length_batches([len(prompt) for prompt in prompts], batch_tokens)
     for rows in tqdm(batches, desc="decode", disable=None):
