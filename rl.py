@@ -110,7 +110,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor,
 def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
     """The nodes from depth 1 down to each leaf; (B, G) -> L times (B, G)."""
     path = [leaves]
-    for first_child in trie.first_child[:0:-1]:         # a node's children are a range: find it
+    for first_child in trie.first_child[:0:-1]:     # a node's children are a range: find it
         path.insert(0, torch.searchsorted(first_child, path[0].to(first_child.dtype), right=True) - 1)
     return path
 
@@ -183,7 +183,7 @@ def update(model, reference, optimizer, catalogue: Catalogue, groups: list[Group
         return sums
     lengths = [len(group.prompt) + (len(catalogue.sid_ids) - 1) * len(group.leaves) for group in groups]
     pieces = [[groups[row] for row in rows] for rows in length_batches(lengths, micro_tokens)]
-    before = []                                         # old and reference log-probabilities
+    before = []                         # old and reference log-probabilities
     for step in range(updates):
         optimizer.zero_grad(set_to_none=True)
         for place, piece in enumerate(pieces):
@@ -386,6 +386,7 @@ def main() -> None:
         validated = step % args.eval_every == 0 or step == steps
         if validated:
             row |= validate(model, catalogue, prompts, targets, args.micro_tokens)
+            start = time.time()         # rollouts per second leave it out
             better = row["NDCG@10"] > best
             best, bad_evals = (row["NDCG@10"], 0) if better else (best, bad_evals + 1)
             news = "best so far, saved" if better else f"no better for {bad_evals} validations"
