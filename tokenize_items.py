@@ -405,8 +405,8 @@ def load_pt(path: str | Path, keys: tuple[str, ...]) -> dict:
     """Load one of the project's .pt files, a dict with at least `keys`; stops at anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        stop(f"{path}: cannot be loaded ({str(error).splitlines()[0]}); run the stage that writes it")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        stop(f"{path}: cannot be loaded (missing, or not a .pt file); run the stage that writes it")
     if not isinstance(content, dict) or not all(key in content for key in keys):
         stop(f"{path}: not a file of this project with {', '.join(keys)}; run the stage that writes it")
     return content

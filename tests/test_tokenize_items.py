@@ -558,9 +558,9 @@ def test_bad_codebooks(run, tmp_path, capsys):
     torch.save([1, 2], codebook)
     assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "centroids, encoder"))
     codebook.unlink()
-    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "No such file"))
+    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "missing"))
     codebook.mkdir()
-    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "directory"))
+    assert_stops(capsys, call, stage, "--run", run, "--add", new, words=(codebook, "missing"))
     assert catalogue.read_bytes() == before
 
 
