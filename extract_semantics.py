@@ -295,7 +295,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
                 name = waiting.get_nowait()
                 try:
                     arrived.put((name, ask(session, url, model, questions[name])))
-                except requests.RequestException as error:
+                except (requests.RequestException, OSError, ValueError) as error:
                     arrived.put((name, error))
     for _ in range(workers):            # daemons do not keep a stopped script alive
         threading.Thread(target=work, daemon=True).start()
@@ -303,7 +303,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
         with open(cache_path, "a", encoding="utf-8") as file:
             for _ in tqdm(todo, unit="answer", disable=None):
                 name, answer = arrived.get()
-                if isinstance(answer, requests.RequestException):
+                if isinstance(answer, Exception):
                     raise answer
                 if answer is None:
                     failed.append(name)
