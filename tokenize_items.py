@@ -318,10 +318,10 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
     fields: required name -> type of its value, or types. unique: a field that may not repeat.
     known: item_ids; if given, ITEM_FIELDS must name items among them.
     """
-    rows, seen, number = [], set(), 0
+    rows, seen, nth = [], set(), 0
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+            for nth, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
@@ -330,12 +330,12 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                     problem = f"{unique} {row[unique]!r} is there twice" if row[unique] in seen else None
                     seen.add(row[unique])
                 if problem:
-                    stop(f"{path}, line {number}: {problem}")
+                    stop(f"{path}, line {nth}: {problem}")
                 rows.append(row)
     except OSError as error:
         stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or check the name")
     except (ValueError, RecursionError) as error:               # broken JSON, or not UTF-8
-        stop(f"{path}, line {max(1, number)}: not valid JSON in UTF-8 ({error}); correct that line")
+        stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows:
         stop(f"{path}: is empty; it needs at least one object with {', '.join(fields)}")
     return rows
