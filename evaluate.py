@@ -242,7 +242,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
     bar = tqdm(total=len(prompts), desc="search", unit="user", disable=None)
     for users in length_batches([len(prompt) for prompt in prompts], batch_tokens):
         allowed = None
-        if skip:
+        if skip and any(skip):
             allowed = leaf_filter(trie, [[row_of[i] for i in skip[user] if i in row_of] for user in users])
         found = beam_search(model, trie, sid_ids, [prompts[user] for user in users], num_beams, allowed)
         for user, leaves, scores in zip(users, *(part.tolist() for part in found)):
@@ -424,8 +424,7 @@ def main() -> None:
                       torch.tensor([item_id in unseen for item_id in item_ids]))
     skip = [set(row.get("history", ())) if args.exclude_history else set() for row in rows]
     start = time.time()
-    rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams, args.batch_tokens,
-                          skip if args.exclude_history else None)
+    rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams, args.batch_tokens, skip)
     facts["seconds"] = max(0.01, round(time.time() - start, 2))
 
     # What it found

@@ -320,12 +320,15 @@ def read_semantics(path: str | Path, items: list[dict]) -> list[dict]:
                  "run extract_semantics.py again")
     return rows
 
-def check_lengths(longest: int, config, in_search: bool = False) -> None:
-    """Stop if a sequence is too long. The cached passes of the search must fit a sliding window."""
+def position_limit(config, in_search: bool) -> float:
+    """The most tokens of a sequence. The cached passes of the search must fit a sliding window."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if in_search and window:
-        limit = min(limit, window)
+    return min(limit, window) if in_search and window else limit
+
+def check_lengths(longest: int, config, in_search: bool = False) -> None:
+    """Stop if a sequence is too long."""
+    limit = position_limit(config, in_search)
     if longest > limit:
         stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; make the run with "
              "a lower --max-history, or leave out tasks with long texts")
@@ -453,10 +456,9 @@ def main() -> None:
 
     keyword_ids = {parse_sid_token(token): tokenizer(" " + text, add_special_tokens=False).input_ids
                    for token, text in keywords.items()}
-    matrices = {"embedding": model.get_input_embeddings().weight,
-                "head": model.get_output_embeddings().weight}
-    if matrices["embedding"] is matrices["head"]:
-        matrices = {"embedding and head (tied)": matrices["embedding"]}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = {"embedding and head (tied)": embedding}
+    matrices = tied if embedding is head else {"embedding": embedding, "head": head}
     for name, weight in matrices.items():
         text_rows = weight.detach()[:int(sid_ids.min())]    # before the first SID token
         rows = initial_rows(text_rows, keyword_ids, num_levels, codebook_size, args.init, args.sa_norm,

@@ -332,8 +332,7 @@ def main() -> None:
     steps = args.epochs * max(1, len(train) // args.batch_size)
 
     reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0,
-                                  fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters, twice | {len(train)} "
           f"prompts, {len(valid)} validation users | {steps} updates of {args.batch_size} x "
           f"{args.group_size} rollouts")

@@ -75,7 +75,7 @@ def tfidf_matrix(texts: list[str], terms: list[str], idf: Tensor) -> Tensor:
     rows, columns, counts = torch.tensor(entries, dtype=torch.long).reshape(-1, 3).T
     values = (1 + counts.double().log()).float() * idf[columns]
     norms = torch.zeros(len(texts)).index_add_(0, rows, values ** 2).sqrt().clamp_min(1e-12)
-    with torch.sparse.check_sparse_tensor_invariants(False):            # torch 2.11 warns without it
+    with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 warns without it
         return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / norms[rows],
                                        (len(texts), len(terms))).coalesce()
 
@@ -95,7 +95,7 @@ def fit_lsa(texts: list[str]) -> dict:
 @torch.no_grad()
 def encode_hf(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
     """Embed texts with a frozen Hugging Face encoder; -> (N, D), rows of length 1."""
-    from transformers import AutoModel                          # slow to import, not needed for lsa
+    from transformers import AutoModel  # slow to import, not needed for lsa
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_pretrained(AutoModel, encoder["name"], dtype=dtype)
     model.to(device)
@@ -120,7 +120,7 @@ def fit_pca(x: Tensor, dim: int) -> dict:
     if dim > min(x.shape):
         stop(f"--dim {dim} is more than the {min(x.shape)} dimensions of the vectors")
     mean = x.mean(0)
-    _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))              # eigenvalues ascending
+    _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # eigenvalues ascending
     return {"pca_mean": mean, "pca_axes": axes.flip(1)[:, :dim].contiguous()}
 
 def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
@@ -334,7 +334,7 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                 rows.append(row)
     except OSError as error:
         stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or check the name")
-    except (ValueError, RecursionError) as error:               # broken JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:       # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows:
         stop(f"{path}: is empty; it needs at least one object with {', '.join(fields)}")
@@ -349,7 +349,7 @@ def field_problem(row: object, fields: dict, known: set | None) -> str | None:
             for item_id in row[name] if isinstance(row[name], list) else [row[name]]:
                 if not isinstance(item_id, ID) or item_id not in known:
                     return f"item {item_id!r} is not in the catalogue; add it to items.jsonl, or drop it"
-            if not row[name] and row[name] == []:
+            if row[name] == []:
                 return f"{name!r} is empty; it needs at least one item"
     return None
 
@@ -390,7 +390,7 @@ def atomic_write(path: str | Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                    # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError
         stop(f"{path}: cannot be written ({error})")
     finally:
         with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from evaluate import follow, prefill, read_tokens  # noqa: E402
-from init_embeddings import check_lengths, load_model  # noqa: E402
+from init_embeddings import check_lengths, load_model, position_limit  # noqa: E402
 from tokenize_items import (length_batches, make_parser, number, read_catalogue, read_jsonl,  # noqa: E402
                             set_up, stop, write_jsonl)
 from train import TASKS, make_pairs, prompt_ids, read_data  # noqa: E402
@@ -75,14 +75,12 @@ def text_metrics(wanted: list[str], found: list[list[str]]) -> dict[str, float]:
 def decode_all(model, tokenizer, prompts: list[list[int]], num_beams: int, max_tokens: int,
                batch_tokens: int) -> list[list[str]]:
     """Texts for every prompt, best first; never past the backbone's positions."""
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    config = model.config
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    limit = position_limit(model.config, in_search=True)
     texts: list = [None] * len(prompts)
     batches = length_batches([len(prompt) for prompt in prompts], batch_tokens)
     for rows in tqdm(batches, desc="decode", disable=None):
         batch = [prompts[row] for row in rows]
-        room = min(limit, window or limit) - max(len(prompt) for prompt in batch) + 1
+        room = limit - max(len(prompt) for prompt in batch) + 1
         beams = decode_texts(model, batch, num_beams, min(max_tokens, room), tokenizer.eos_token_id)
         for row, ids in zip(rows, beams):
             texts[row] = tokenizer.batch_decode(ids)
