@@ -23,7 +23,7 @@ Examples
 import argparse
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,9 @@ from train import TASKS, history_fields, make_pairs, prompt_ids, read_queries
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes, M most children, N items.
 CUTOFFS = (1, 3, 5, 10, 20, 50)
+MEMORY_STEPS, MEMORY_DECAY, MEMORY_REVERSE = 10, 0.5, 0.5       # chosen on validation
+KINDS = ("in the history", "followed the last item in train", "paired in train with the history",
+         "seen in train", "never seen")
 SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 
 # ---- The trie as flat tensors ------------------------------------
@@ -86,17 +89,68 @@ def leaf_of_items(trie: Trie) -> np.ndarray:
     leaves = np.repeat(np.arange(len(trie.leaf_start) - 1), np.diff(trie.leaf_start))
     return leaves[trie.leaf_items.argsort()]
 
-# ---- One step down the trie --------------------------------------
-def any_allowed(trie: Trie, depth: int, nodes: Tensor, counts: Tensor) -> Tensor:
-    """Is any leaf below each node of that depth allowed? nodes (B, W, M), counts (B, leaves + 1).
+# ---- The memory: counts of item pairs ----------------------------
+def count_pairs(samples: list[dict]) -> dict:
+    """Skip-gram counts, normalised: item_id -> {item_id: share}.
 
-    counts[:, n] is the number of allowed leaves before leaf n. Leaves below a node are neighbours, so a
-    difference of two counts says how many of them are allowed.
+    Each item of a sample's history is a pair with the target. It counts 0.5 ** (steps between them), the
+    reverse pair half as much. Samples that continue each other count each pair of a sequence once.
     """
+    counts: defaultdict = defaultdict(Counter)
+    for sample in samples:
+        for steps, item_id in enumerate(sample["history"][:-MEMORY_STEPS - 1:-1]):
+            counts[item_id][sample["target"]] += MEMORY_DECAY ** steps
+            counts[sample["target"]][item_id] += MEMORY_REVERSE * MEMORY_DECAY ** steps
+    return {item_id: {other: n / row.total() for other, n in row.items()}
+            for item_id, row in counts.items()}
+
+def recall(history: list, pairs: dict, known, skip: set) -> dict:
+    """p_memory(item | history) over the known items but `skip`, most likely first; maybe empty."""
+    found: Counter = Counter()
+    for steps, item_id in enumerate(reversed(history)):
+        for other, share in pairs.get(item_id, {}).items():
+            if other in known and other not in skip:
+                found[other] += MEMORY_DECAY ** steps * share
+    return {item_id: mass / found.total() for item_id, mass in found.most_common()}
+
+class Memory(NamedTuple):
+    """What the memory says to each prompt of a batch, sparse: S leaves at most, ascending."""
+    leaves: Tensor                      # (B, S), padded with a number beyond all leaves
+    before: Tensor                      # (B, S + 1), mass of the leaves before each one
+    weight: Tensor                      # (B, 1, 1), lambda; 0 where the memory is empty
+
+def make_memory(recalled: list[dict], leaf_of: dict, weight: float, device: torch.device) -> Memory:
+    """Sort what was recalled for each prompt, {item_id: mass}, by leaf."""
+    rows = [sorted((leaf_of[item_id], mass) for item_id, mass in found.items()) for found in recalled]
+    leaves = [torch.tensor([leaf for leaf, _ in row], dtype=torch.long) for row in rows]
+    masses = [torch.tensor([mass for _, mass in row], dtype=torch.double) for row in rows]
+    before = F.pad(pad_sequence(masses, batch_first=True).cumsum(1), (1, 0))
+    weights = torch.tensor([weight if row else 0.0 for row in rows])
+    leaves = pad_sequence(leaves, batch_first=True, padding_value=2 ** 62)
+    return Memory(leaves.to(device), before.to(device), weights[:, None, None].to(device))
+
+def remembered(trie: Trie, depth: int, nodes: Tensor, memory: Memory) -> Tensor:
+    """The memory's mass below each node of that depth; nodes (B, W, M) -> (B, W, M)."""
+    ends = [torch.searchsorted(memory.leaves, end.flatten(1).long().contiguous())
+            for end in leaves_below(trie, depth, nodes)]
+    before, until = (memory.before.gather(1, end) for end in ends)
+    return (until - before).view_as(nodes).float()
+
+# ---- One step down the trie --------------------------------------
+def leaves_below(trie: Trie, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """The first leaf below each node of that depth, and the first one beyond. They are neighbours."""
     low, high = nodes, nodes + 1
     for first_child in trie.first_child[depth:]:
         low, high = first_child[low], first_child[high]
-    before, until = (counts.gather(1, n.flatten(1).long()) for n in (low, high))
+    return low, high
+
+def any_allowed(trie: Trie, depth: int, nodes: Tensor, counts: Tensor) -> Tensor:
+    """Is any leaf below each node of that depth allowed? nodes (B, W, M) -> bool.
+
+    counts (B, leaves + 1): the number of allowed leaves before each leaf.
+    """
+    ends = leaves_below(trie, depth, nodes)
+    before, until = (counts.gather(1, end.flatten(1).long()) for end in ends)
     return (until > before).view_as(nodes)
 
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
@@ -188,13 +242,14 @@ def follow(ancestors: list[Tensor], parent: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], num_beams: int,
-                allowed: Tensor | None = None,
-                sample: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+                allowed: Tensor | None = None, sample: torch.Generator | None = None,
+                memory: Memory | None = None) -> tuple[Tensor, Tensor]:
     """The best SIDs of each prompt; -> leaves (B, W), their log-probabilities (B, W), best first.
 
     L forward passes: the prompts, then one per further level. Scores of -inf at the end are not results:
     there were fewer SIDs than beams. allowed (B or 1, leaves), bool: only these SIDs exist for that prompt.
     sample, a generator: draw distinct SIDs without replacement from the policy, in the order of the draws.
+    memory: a prefix has the probability (1 - lambda) p_LM + lambda p_memory, and so has each SID.
     """
     head, counts, batch = model.get_output_embeddings().weight, None, len(prompts)
     if allowed is not None:
@@ -213,18 +268,22 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
             hidden = read_tokens(model, tokens, prefix, level - 1, ancestors, slots)
         logits = hidden.float() @ head[sid_ids[level]].float().T             # (B, W, K)
         children, log_probs = expand(trie, level, nodes, logits, counts)
-        total = scores[..., None] + log_probs                                # (B, W, M)
-        rank_by = perturb(total, perturbed, sample) if sample else total
+        total = mixed = scores[..., None] + log_probs                        # (B, W, M)
+        if memory:
+            mass = remembered(trie, level + 1, children, memory)
+            mass = (memory.weight * mass).masked_fill(log_probs == -torch.inf, 0)
+            mixed = torch.logaddexp((1 - memory.weight).log() + total, mass.log())
+        rank_by = perturb(mixed, perturbed, sample) if sample else mixed
         beams = min(num_beams, total[0].numel(), len(trie.codes[level]))
         perturbed, best = rank_by.flatten(1).topk(beams)
         scores, nodes = total.flatten(1).gather(1, best), children.flatten(1).gather(1, best)
-    return nodes, scores
+    return nodes, mixed.flatten(1).gather(1, best)
 
 class Ranking(NamedTuple):
     """What the search found for one user, best first."""
     items: list                         # item_ids
     scores: list[float]                 # their log-probabilities
-    leaves: list[int]                   # their SIDs
+    leaves: list[int]                   # the SIDs
 
 def leaf_filter(trie: Trie, excluded: list[list[int]]) -> Tensor:
     """Which SIDs each user has left without those rows: any with another item; (B, leaves)."""
@@ -235,16 +294,25 @@ def leaf_filter(trie: Trie, excluded: list[list[int]]) -> Tensor:
     return torch.from_numpy(keep)
 
 def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list[list[int]],
-               num_beams: int, batch_tokens: int, skip: list[set] | None = None) -> list[Ranking]:
-    """Rank the catalogue `item_ids` (N,) for every prompt, without the items to `skip` for it."""
+               num_beams: int, batch_tokens: int, skip: list[set] | None = None,
+               recalled: list[dict] | None = None, weight: float = 0.0) -> list[Ranking]:
+    """Rank the catalogue `item_ids` (N,) for every prompt, without the items to `skip` for it.
+
+    recalled: p_memory for every prompt, {item_id: mass}, mixed in with this weight (lambda).
+    """
     row_of = {item_id: row for row, item_id in enumerate(item_ids)}
+    leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     rankings: list = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc="search", unit="user", disable=None)
     for users in length_batches([len(prompt) for prompt in prompts], batch_tokens):
         allowed = None
         if skip and any(skip):
             allowed = leaf_filter(trie, [[row_of[i] for i in skip[user] if i in row_of] for user in users])
-        found = beam_search(model, trie, sid_ids, [prompts[user] for user in users], num_beams, allowed)
+        memory = None
+        if weight:
+            memory = make_memory([recalled[user] for user in users], leaf_of, weight, model.device)
+        found = beam_search(model, trie, sid_ids, [prompts[user] for user in users], num_beams, allowed,
+                            memory=memory)
         for user, leaves, scores in zip(users, *(part.tolist() for part in found)):
             rankings[user] = ranking = Ranking([], [], [])
             for leaf, score in zip(leaves, scores):
@@ -273,42 +341,60 @@ def rank_metrics(ranks: list[int | None], cutoffs: tuple[int, ...]) -> dict[str,
     return metrics
 
 def yardsticks(train: list[dict], samples: list[dict], item_ids: list, skip: list[set],
-               depth: int) -> dict[str, list[list]]:
-    """Two counts of train.jsonl as rankings, one per sample.
+               recalled: list[dict], depth: int) -> dict[str, list[list]]:
+    """Three counts of train.jsonl as rankings, one per sample.
 
     popularity: items by how often they are a target. bigram: items that followed the history's last
-    item, most frequent first, then the popular ones.
+    item, most frequent first. skip-gram: the memory alone. Popular items follow.
     """
-    popular, followers = Counter(sample["target"] for sample in train), {}
+    popular, followers = Counter(sample["target"] for sample in train), defaultdict(Counter)
     for sample in train:
-        followers.setdefault(sample["history"][-1], Counter())[sample["target"]] += 1
+        followers[sample["history"][-1]][sample["target"]] += 1
     by_popularity = sorted(item_ids, key=lambda item_id: -popular[item_id])
     place = {item_id: n for n, item_id in enumerate(by_popularity)}
-    rankings = {"popularity": [], "bigram": []}
-    for sample, skipped in zip(samples, skip):
-        after = followers.get(sample["history"][-1], {})
-        seen = sorted((i for i in after if i in place), key=lambda i: (-after[i], place[i]))
-        top = by_popularity[:depth + len(seen) + len(skipped)]
-        for name, ranked in (("popularity", top), ("bigram", dict.fromkeys(seen + top))):
-            rankings[name].append([i for i in ranked if i not in skipped][:depth])
+    rankings = {"popularity": [], "bigram": [], "skip-gram": []}
+    for sample, skipped, memory in zip(samples, skip, recalled):
+        after = followers[sample["history"][-1]]
+        top = by_popularity[:depth + len(skipped)]
+        for name, counts in (("popularity", {}), ("bigram", after), ("skip-gram", memory)):
+            seen = sorted((i for i in counts if i in place), key=lambda i: (-counts[i], place[i]))
+            ranked = [i for i in dict.fromkeys(seen + top) if i not in skipped]
+            rankings[name].append(ranked[:depth])
     return rankings
 
-def rank_results(facts: dict, trie: Trie, item_ids: list, rows: list[dict], targets: list,
-                 rankings: list[Ranking], train: list[dict], skip: list[set]) -> list[dict]:
-    """The table: yardsticks if there are histories, the model; the SID level if SIDs collide."""
-    cutoffs, results = tuple(k for k in CUTOFFS if k <= facts["num_beams"]), []
+def what_training_showed(train: list[dict], samples: list[dict]) -> list[str]:
+    """For each sample one of KINDS: how much of its target a count of train.jsonl can know."""
+    adjacent = {(sample["history"][-1], sample["target"]) for sample in train}
+    pairs, seen = count_pairs(train), {i for sample in train for i in (*sample["history"], sample["target"])}
+    kinds = []
+    for sample in samples:
+        history, target = sample["history"], sample["target"]
+        facts = (target in history, (history[-1], target) in adjacent,
+                 any(target in pairs.get(i, ()) for i in history), target in seen, True)
+        kinds.append(KINDS[facts.index(True)])
+    return kinds
 
-    def add(method: str, level: str, wanted: list, ranked: list[list]) -> None:
-        ranks = [rank_of(target, ranking) for target, ranking in zip(wanted, ranked)]
-        results.append({**facts, "method": method, "level": level, **rank_metrics(ranks, cutoffs)})
-    if train:
-        for name, ranked in yardsticks(train, rows, item_ids, skip, facts["num_beams"]).items():
-            add(name, "item", targets, ranked)
-    add(facts["method"], "item", targets, [ranking.items for ranking in rankings])
+def rank_results(facts: dict, trie: Trie, item_ids: list, targets: list, rankings: dict[str, list],
+                 leaves: dict[str, list], kinds: list[str]) -> list[dict]:
+    """One row of the table per method: figures by item and, if SIDs collide, by SID (`leaves`).
+
+    rankings: a method's items for every sample. kinds: what training has shown of each target.
+    """
+    cutoffs, results = tuple(k for k in CUTOFFS if k <= facts["num_beams"]), []
+    for method, ranked in rankings.items():
+        ranks = [rank_of(target, ranking) for target, ranking in zip(targets, ranked)]
+        row = {**facts, "method": method, "level": "item", **rank_metrics(ranks, cutoffs)}
+        for kind in sorted(set(kinds), key=KINDS.index):
+            of_kind = [rank for rank, k in zip(ranks, kinds) if k == kind]
+            hits = rank_metrics(of_kind, (1, 10))
+            row.setdefault("kinds", {})[kind] = {"n": len(of_kind), "HR@1": hits["HR@1"],
+                                                 "HR@10": hits["HR@10"]}
+        results.append(row)
     if len(trie.leaf_start) - 1 < len(item_ids):
         leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
-        leaves = [ranking.leaves for ranking in rankings]
-        add(facts["method"], "sid", [leaf_of.get(target) for target in targets], leaves)
+        for method, ranked in leaves.items():
+            ranks = [rank_of(leaf_of.get(target), row) for target, row in zip(targets, ranked)]
+            results.append({**facts, "method": method, "level": "sid", **rank_metrics(ranks, cutoffs)})
     return results
 
 # ---- Output ------------------------------------------------------
@@ -320,9 +406,19 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[head]:>9.4f}" for head in heads))
 
+def print_kinds(rows: list[dict]) -> None:
+    """HR@1 / HR@10 of each method by what training has shown of the target."""
+    print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}" + "".join(f"{row['method'][-18:]:>20}" for row in rows))
+    for kind, first in rows[0]["kinds"].items():
+        hits = [f"{row['kinds'][kind]['HR@1']:.3f} / {row['kinds'][kind]['HR@10']:.3f}" for row in rows]
+        print(f"{kind:<34}{first['n']:>6}" + "".join(f"{hit:>20}" for hit in hits))
+
 def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str, list[str]],
-              target=None) -> None:
-    """Print a history, ten recommendations with their tokens' meaning, and the target's rank."""
+              masses: dict, target=None) -> None:
+    """Print a history, ten recommendations with their tokens' meaning, and the target's rank.
+
+    masses: what the memory adds to the probability of each item, lambda * p_memory.
+    """
     def in_words(item_id) -> str:
         item = item_of[item_id]
         tokens = [f"{token} {', '.join(keywords.get(token, [])[:3])}".strip() for token in item["sid"]]
@@ -331,10 +427,11 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
     print("history:")
     for item_id in history:
         print(f"     -    {item_id!r} {item_of[item_id]['title'][:80]}")
-    print("recommendations (rank, log-probability):")
+    print("recommendations (rank, log-probability, memory's share of the probability):")
     for n, (item_id, score) in enumerate(zip(ranking.items[:10], ranking.scores), 1):
         mark = "  <-- target" if item_id == target else ""
-        print(f"  {n:>2} {score:>6.2f} {in_words(item_id)}{mark}")
+        share = min(1, masses.get(item_id, 0) / math.exp(score))
+        print(f"  {n:>2} {score:>6.2f} {share:>4.0%} {in_words(item_id)}{mark}")
     if target is not None:
         rank = rank_of(target, ranking.items)
         print(f"target: {f'rank {rank}' if rank else 'not found'}, {in_words(target)}\n")
@@ -349,6 +446,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--metrics", help="instead of RUN/metrics.jsonl")
     flag("--predictions", help="instead of RUN/predictions.jsonl")
     flag("--num-beams", type=number(int, 1), help="W; default: 20, or 5 for tasks about single items")
+    flag("--memory", type=number(float, 0, 1), default=0.3, metavar="LAMBDA",
+         help="weight of the memory, counts of item pairs, beside the model; 0: the papers' system")
+    flag("--memory-from", metavar="FILE", help="samples to count, instead of RUN/train.jsonl")
     flag("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
     flag("--exclude-history", action="store_true", help="never recommend an item of the history")
     flag("--batch-tokens", type=number(int, 1), default=16384, help="prompt tokens per batch")
@@ -416,15 +516,26 @@ def main() -> None:
              "n": len(rows), "num_beams": num_beams, "exclude_history": args.exclude_history,
              "candidates": args.candidates}
 
-    # The search
+    # The memory
     candidates, unseen = pick_candidates(args.candidates, items), new_items(sid, items)
     item_ids = [item["item_id"] for item in candidates]
+    skip = [set(row.get("history", ())) if args.exclude_history else set() for row in rows]
+    train, recalled = [], [{}] * len(rows)
+    if "history" in rows[0]:
+        train = read_samples(run / "train.jsonl", set(item_of))
+        counted = read_samples(args.memory_from, set(item_of)) if args.memory_from else train
+        pairs, known = count_pairs(counted), set(item_ids)
+        recalled = [recall(row["history"], pairs, known, skipped) for row, skipped in zip(rows, skip)]
+
+    # The search
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device,
                       torch.tensor([item_id in unseen for item_id in item_ids]))
-    skip = [set(row.get("history", ())) if args.exclude_history else set() for row in rows]
-    start = time.time()
-    rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams, args.batch_tokens, skip)
+    start, found = time.time(), {}
+    for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):
+        name = f"{path.name} + memory {weight:g}" if weight else path.name
+        found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,
+                                            args.batch_tokens, skip, recalled, weight)
     facts["seconds"] = max(0.01, round(time.time() - start, 2))
 
     # What it found
@@ -434,11 +545,17 @@ def main() -> None:
         meanings = read_semantics(run / "semantics.jsonl", items)
         keywords = {row["token"]: row["keywords"] for row in meanings}
     for n in range(1 if args.history else min(args.show, len(rows))):
-        show_user(rows[n].get("history", []), rankings[n], item_of, keywords, targets[n])
+        masses = {item_id: weight * mass for item_id, mass in recalled[n].items()}
+        show_user(rows[n].get("history", []), rankings[n], item_of, keywords, masses, targets[n])
     if args.history:
         return
-    train = read_samples(run / "train.jsonl", set(item_of)) if source == "samples" else []
-    results = rank_results(facts, trie, item_ids, rows, targets, rankings, train, skip)
+    ranked = {method: [ranking.items for ranking in found[method]] for method in found}
+    leaves = {method: [ranking.leaves for ranking in found[method]] for method in found}
+    kinds = []
+    if train:
+        ranked = yardsticks(train, rows, item_ids, skip, recalled, num_beams) | ranked
+        kinds = what_training_showed(train, rows)
+    results = rank_results(facts, trie, item_ids, targets, ranked, leaves, kinds)
     predictions = [{"user_id": str(row.get("user_id", "")), "target": target, "items": ranking.items,
                     "scores": ranking.scores} for row, target, ranking in zip(rows, targets, rankings)]
     out, metrics = args.predictions or run / "predictions.jsonl", args.metrics or run / "metrics.jsonl"
@@ -447,6 +564,8 @@ def main() -> None:
     print(f"{len(rows)} examples of {task} | {len(candidates)} items | {num_beams} beams | "
           f"device {device} | {facts['seconds']:.1f} s, {len(rows) / facts['seconds']:.0f} per second")
     print_table(results)
+    if kinds:
+        print_kinds([row for row in results if row["level"] == "item"])
     print(f"wrote {metrics}, {out}")
 
 if __name__ == "__main__":

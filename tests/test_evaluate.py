@@ -304,7 +304,7 @@ def test_yardsticks_by_hand():
     samples, nothing = [{"history": list(history)} for history in ("qp", "t", "r")], [set()] * 3
 
     def found(item_ids: str, skip: list[set], depth: int) -> tuple[list[str], list[str]]:
-        rankings = yardsticks(train, samples, list(item_ids), skip, depth)
+        rankings = yardsticks(train, samples, list(item_ids), skip, [{}] * 3, depth)
         return tuple(["".join(ranked) for ranked in rankings[name]] for name in ("popularity", "bigram"))
     # after p: r twice, q once. After t: r and p once each, r more popular. After r: nothing seen
     for depth in (5, 99):
@@ -341,17 +341,20 @@ def ranks_in(predictions: list[dict]) -> list[int | None]:
     return [p["items"].index(p["target"]) + 1 if p["target"] in p["items"] else None for p in predictions]
 
 
+METHODS = ["popularity", "bigram", "skip-gram", "sft.pt", "sft.pt + memory 0.3"]
+
+
 def test_files_and_table(run, capsys):
     call(evaluate, "--run", run, "--show", 2)
     out = capsys.readouterr().out
-    for name in ("popularity", "bigram", "sft.pt"):
+    for name in METHODS:
         assert re.search(rf"^{re.escape(name)} +item( +\d\.\d{{4}}){{8}}$", out, re.M), out
     assert out.count("\nrecommendations") == out.count("\ntarget: ") == 2
     assert "nan" not in out.lower()
 
     samples, items = read_lines(run / "test.jsonl"), read_lines(run / "items.jsonl")
     predictions, metrics = read_lines(run / "predictions.jsonl"), read_lines(run / "metrics.jsonl")
-    assert [m["method"] for m in metrics] == ["popularity", "bigram", "sft.pt"]
+    assert [m["method"] for m in metrics] == METHODS
     for m in metrics:
         assert {"method", "task", "split", "level", "n", "num_beams", "HR@1", "HR@3", "HR@5", "HR@10",
                 "NDCG@1", "NDCG@3", "NDCG@5", "NDCG@10", "seconds"} <= set(m)
@@ -366,14 +369,14 @@ def test_files_and_table(run, capsys):
         assert p["scores"] == sorted(p["scores"], reverse=True) and all(map(math.isfinite, p["scores"]))
     train = Counter(s["target"] for s in read_lines(run / "train.jsonl"))
     popular = sorted((i["item_id"] for i in items), key=lambda i: (-train[i], i))[:20]
-    assert_recount(metrics[2], ranks_in(predictions), (1, 5, 10, 20))
+    assert_recount(metrics[-1], ranks_in(predictions), (1, 5, 10, 20))
     assert_recount(metrics[0], ranks_in([{**s, "items": popular} for s in samples]), (1, 5, 10, 20))
 
     # a second run appends to the metrics, replaces the predictions, and finds the same
     first = (run / "metrics.jsonl").read_text()
     call(evaluate, "--run", run, "--batch-tokens", 100)
     assert (run / "metrics.jsonl").read_text().startswith(first)
-    assert len(read_lines(run / "metrics.jsonl")) == 6
+    assert len(read_lines(run / "metrics.jsonl")) == 2 * len(METHODS)
     for a, b in zip(predictions, read_lines(run / "predictions.jsonl")):
         assert a["items"][:3] == b["items"][:3] and a["scores"] == pytest.approx(b["scores"], abs=1e-4)
 
@@ -383,7 +386,8 @@ def test_flags_for_files_and_split(run, tmp_path):
          "--checkpoint", run / "init.pt", "--metrics", tmp_path / "m.jsonl",
          "--predictions", tmp_path / "new" / "p.jsonl")
     model = read_lines(tmp_path / "m.jsonl")[-1]
-    assert (model["method"], model["split"], model["n"], model["num_beams"]) == ("init.pt", "valid", 3, 5)
+    assert (model["method"], model["split"]) == ("init.pt + memory 0.3", "valid")
+    assert (model["n"], model["num_beams"]) == (3, 5)
     assert len(read_lines(tmp_path / "new" / "p.jsonl")) == 3
     assert not (run / "metrics.jsonl").exists() and not (run / "predictions.jsonl").exists()
 
@@ -403,7 +407,7 @@ def test_history_in_words(run, capsys):
     call(evaluate, "--run", run, "--history", "12,55, 8")
     history, recommended = capsys.readouterr().out.split("recommendations")
     assert all(titles[i] in history for i in (12, 55, 8))
-    found = re.findall(r"^ +(\d+) +(-\d+\.\d+) (\d+) (.+)$", recommended, re.M)
+    found = re.findall(r"^ +(\d+) +(-\d+\.\d+) +\d+% (\d+) (.+)$", recommended, re.M)
     assert [int(rank) for rank, *_ in found] == list(range(1, 11))
     assert all(titles[int(i)] == title for _, _, i, title in found)
     assert len(re.findall(r"<a_\d+> .*<b_\d+> .*<c_\d+> ", recommended)) == 10      # tokens with meanings
@@ -414,7 +418,7 @@ def test_new_items_join_an_old_checkpoint(run, tmp_path, capsys, monkeypatch):
     new = [{"item_id": "n1", "title": "Acme copper wire number 100", "description": "A sturdy copper wire."},
            {"item_id": "n2", "title": "Acme clay pot number 101", "description": "A pot for the garden."}]
     call(tokenize_items, "--run", run, "--add", write_lines(tmp_path / "new.jsonl", new))
-    call(evaluate, "--run", run, "--num-beams", 100)
+    call(evaluate, "--run", run, "--num-beams", 100, "--memory", 0)
     averaged = read_lines(run / "predictions.jsonl")
     sid_of = {i["item_id"]: i["sid"] for i in read_lines(run / "items.jsonl")}
     for p in averaged:
@@ -428,7 +432,7 @@ def test_new_items_join_an_old_checkpoint(run, tmp_path, capsys, monkeypatch):
     call(evaluate, "--run", run, "--history", "n1,3")
     assert new[0]["title"] in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "new_items", lambda *_: set())        # the model's own scores are others
-    call(evaluate, "--run", run, "--num-beams", 100)
+    call(evaluate, "--run", run, "--num-beams", 100, "--memory", 0)
     assert read_lines(run / "predictions.jsonl") != averaged
 
 
@@ -440,12 +444,12 @@ def test_shared_sids(toy_data, tmp_path, capsys):
         f"<a_{n % 20 // 5}>", f"<b_{n % 5}>", "<c_0>"]} for n, i in enumerate(toy_items())])
     for args in ([tokenize_items, "--data", toy_data, "--sids", tmp_path / "sids.jsonl"], [extract_semantics],
                  [init_embeddings, "--width", 32, "--layers", 1, "--vocab-size", 300, "--pretrain-steps", 2],
-                 [evaluate, "--checkpoint", run / "init.pt", "--num-beams", 7]):
+                 [evaluate, "--checkpoint", run / "init.pt", "--num-beams", 7, "--memory", 0]):
         call(*args, "--run", run)
     assert re.search(r"^init.pt +sid( +\d\.\d{4}){6}$", capsys.readouterr().out, re.M)
     metrics, predictions = read_lines(run / "metrics.jsonl"), read_lines(run / "predictions.jsonl")
     assert [(m["method"], m["level"]) for m in metrics] == [
-        ("popularity", "item"), ("bigram", "item"), ("init.pt", "item"), ("init.pt", "sid")]
+        ("popularity", "item"), ("bigram", "item"), ("skip-gram", "item"), ("init.pt", "item"), ("init.pt", "sid")]
     for p in predictions:
         assert len(p["items"]) == len(p["scores"]) == 21                # 7 SIDs of three items each
         for a in range(0, 21, 3):
@@ -454,8 +458,8 @@ def test_shared_sids(toy_data, tmp_path, capsys):
     sid_ranks = ranks_in([{"target": p["target"] % 20, "items": [i % 20 for i in p["items"][::3]]}
                           for p in predictions])
     assert any(sid_ranks)
-    assert_recount(metrics[2], ranks_in(predictions), (1, 3, 5))
-    assert_recount(metrics[3], sid_ranks, (1, 3, 5))
+    assert_recount(metrics[3], ranks_in(predictions), (1, 3, 5))
+    assert_recount(metrics[4], sid_ranks, (1, 3, 5))
 
 
 def collide(run):
