@@ -236,6 +236,7 @@ const look = () => seen.push({
   user: $("user").value, cards: $$(".cards > li").length, picks: $$(".pick").length, why: texts(".why h2"),
   chosen: texts(".pick[aria-pressed=true]"), targets: $$(".pick.target").length, memory: $$(".memory").length,
   model: $$("h2 small").at(-1).textContent, path: $$("path.on").length,
+  pressed: $$(".pick[aria-pressed=true]").length, on: texts(".row.on .chip"),
   tree: texts("ol:not(.cut) .row .chip"),
   open: $("dialog").open, dialog: $("dialog").textContent });
 look();
@@ -280,7 +281,8 @@ def test_in_a_browser(page, tmp_path):
         assert seen["why"] == f"Why “{name}”?" and name in seen["chosen"]
         assert seen["chosen"].startswith(f"{pick + 1}") and seen["model"] == data["models"][model]
         assert seen["tree"] == "".join(cell["token"] for level in found["levels"] for cell in level["kept"])
-        assert seen["path"] == len(found["levels"]) - 1
+        assert seen["path"] == len(found["levels"]) - 1 and seen["pressed"] == 1
+        assert seen["on"] == "".join(data["items"][str(entry["item"])]["sid"])
         assert seen["targets"] == sum((one["rank"] or 99) <= 10 for one in user["found"])
     is_right(first, user, 0, 0)
     is_right(third, user, 0, 2)

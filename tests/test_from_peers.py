@@ -94,6 +94,12 @@ def write_recbole(folder: Path) -> Path:
     return folder
 
 
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
 # ---- Round trips ---------------------------------------------------------------------------------
 
 def test_minionerec(minionerec, tmp_path, capsys):
@@ -147,6 +153,7 @@ def test_recbole(tmp_path):
         assert users[user["user_id"]] == {"user_id": user["user_id"], "timestamps": times,
                                           "items": [f"B0{item}" for item in user["items"]]}
     assert set(files) == {"items", "interactions"}
+    assert ".0" not in (tmp_path / "out" / "interactions.jsonl").read_text()
     known = {f"B0{n}" for n in range(5)}
     parts = tokenize_items.load_samples(tmp_path / "out", "chronological", known, 10)
     assert [len(samples) for samples in parts.values()] == [7, 1, 1]
@@ -160,6 +167,24 @@ def test_parts_without_folders(minionerec, tmp_path):
         (folder / f"{part}.csv").write_bytes(path.read_bytes())
     files = convert(folder, tmp_path / "out")
     assert {part: files[part] for part in SPLIT} == SPLIT and set(files) == {*SPLIT, "items", "sids"}
+
+
+def test_quotes_in_atomic_files_are_text(tmp_path):
+    folder = write_recbole(tmp_path / "shop")
+    change(folder / "shop.item", "Oak board", '"Oak" board, 3"')
+    assert convert(folder, tmp_path / "out")["items"][1]["title"] == '"Oak" board, 3"'
+
+
+def test_ids_are_numbers_only_if_all_are(lcrec, tmp_path):
+    for name in ("item", "index"):
+        change(lcrec / f"Shop.{name}.json", '"4": ', '"04": ')
+    text = (lcrec / "Shop.inter.json").read_text()
+    (lcrec / "Shop.inter.json").write_text(text.replace("        4", '        "04"'))
+    files = convert(lcrec, tmp_path / "out")
+    ids = ["0", "1", "2", "3", "04"]
+    assert [item["item_id"] for item in files["items"]] == [row["item_id"] for row in files["sids"]] == ids
+    for user, wanted in zip(files["interactions"], USERS, strict=True):
+        assert user["items"] == [ids[n] for n in wanted["items"]]
 
 
 def test_recbole_without_times_keeps_the_order_of_the_file(tmp_path):
@@ -234,12 +259,6 @@ def test_unknown_items_are_an_error_or_left_out(lcrec, minionerec, tmp_path, cap
 
 # ---- Mistakes ------------------------------------------------------------------------------------
 
-def change(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-
 @pytest.mark.parametrize("name, old, new, words", [
     ("Shop.inter.json", "    4,\n", "    4;\n", ("Shop.inter.json, line", "not")),
     ("Shop.inter.json", "[\n        4,\n        4,\n        0\n    ]", "[]", ("line 8", "user 'u2'")),
@@ -251,6 +270,7 @@ def change(path: Path, old: str, new: str) -> None:
     ("Shop.index.json", '"<a_7>"', '"<a-7>"', ("Shop.index.json, line 17", "item '3'", "<a-7>")),
     ("Shop.index.json", '    "<c_5>"', '    "<c_5>", "<d_1>"', ("line 22", "item '4'", "as long as")),
     ("Shop.index.json", '    "<c_5>"', '    "<b_5>"', ("line 22", "item '4'")),
+    ("Shop.index.json", '    "<c_5>"', '    "<c_5>", "d1"', ("line 22", "item '4'")),
 ])
 def test_mistakes_in_json(lcrec, tmp_path, capsys, name, old, new, words):
     change(lcrec / name, old, new)

@@ -241,8 +241,8 @@ Esc closes it.</p>
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const at = { user: 0, model: 0, pick: 0 };                      // what is shown
 const HUES = [208, 18, 162, 300, 52, 340, 235, 90];             // of the levels
-const HISTORY = `oldest first. Without it: the chosen item's probability if this one were not there. Filled: both
-  SIDs begin alike.`;
+const HISTORY = `oldest first. Without it: the chosen item's probability if this one were not there. Filled:
+  both SIDs begin alike.`;
 const SEARCH = `A row is a beam. Its bar and number are the probability of the token among its siblings; lines
   lead to the children that were kept; below the dashes are the best that were cut. ★ leads to the target.`;
 
@@ -375,6 +375,7 @@ $("user").append(...data.users.map((user, n) => el("option", { value: n }, `user
 $("user").onchange = () => show({ user: Number($("user").value), pick: 0 });
 $("back").onclick = () => go(-1);
 $("next").onclick = () => go(1);
+$("dialog").onclick = event => { if (event.target === $("dialog")) $("dialog").close(); };      // beside it
 document.onkeydown = event => {
   if ($("dialog").open || event.target.tagName === "SELECT") return;
   if (event.ctrlKey || event.altKey || event.metaKey) return;
