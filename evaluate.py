@@ -6,13 +6,20 @@ and nothing is re-ordered when beams change parents. Logits are computed for a l
 TS-Rec (arXiv 2602.22632), 5.1.2: full ranking, 20 beams. `--task` asks another task of train.py: search
 (STAR, 3.2), or title2sid (TS-Rec, 5.5).
 
-Reads   RUN/sft.pt (or --checkpoint), items.jsonl, test.jsonl (or valid), train.jsonl (for the yardsticks),
+A memory stands beside the model, as in kNN-LM (arXiv 1911.00172), with counts of item pairs:
+
+    p(item | history) = (1 - lambda m) p_LM(item | history) + lambda p_memory(item | history)
+
+p_memory sums to m, which is near 1 if the items of the history have many counts, and 0 if they have none.
+The sum is exact inside the search: a prefix has the mass of its items, which are neighbours as leaves.
+
+Reads   RUN/sft.pt (or --checkpoint), items.jsonl, test.jsonl (or valid), train.jsonl (what is counted),
         queries.jsonl (for search), semantics.jsonl (meanings of tokens, if it exists)
 Writes  RUN/metrics.jsonl (appended), predictions.jsonl
 
 Differs from the papers
   1. A hit is the target item. The papers count a hit if the SID matches: the line with level "sid".
-  2. Two yardsticks counted on train.jsonl stand in the same table.
+  2. The memory; --memory 0 is the papers' system. Three counts of train.jsonl stand in the same table.
   3. Probabilities are normalised over the trie's children at each level.
   4. Items that were never a target in training count as the average of their siblings.
 
@@ -35,63 +42,23 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from init_embeddings import autocast, check_lengths, load_model, new_items, read_semantics, sid_token_ids
+from extract_semantics import read_queries, read_semantics
+from init_embeddings import (Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, leaves_below,
+                             load_model, new_items, sid_token_ids)
 from tokenize_items import (ID, codes_of, length_batches, make_parser, number, read_catalogue, read_jsonl,
                             read_samples, set_up, stop, write_jsonl)
-from train import TASKS, history_fields, make_pairs, prompt_ids, read_queries
+from train import TASKS, history_fields, make_pairs, prompt_ids
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes, M most children, N items.
 CUTOFFS = (1, 3, 5, 10, 20, 50)
-MEMORY_STEPS, MEMORY_DECAY, MEMORY_REVERSE = 10, 0.5, 0.5       # chosen on validation
+MEMORY_STEPS, MEMORY_DECAY, MEMORY_REVERSE, MEMORY_PRIOR = 10, 0.5, 0.5, 10
 KINDS = ("in the history", "followed the last item in train", "paired in train with the history",
          "seen in train", "never seen")
 SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 
-# ---- The trie as flat tensors ------------------------------------
-class Trie(NamedTuple):
-    """All SIDs as a prefix tree. The children of node n at depth l are first_child[l][n] up to
-    first_child[l][n + 1]; their codes are codes[l]. Nodes of depth L are leaves, one per SID."""
-    first_child: list[Tensor]           # per level: (nodes + 1,)
-    codes: list[Tensor]                 # per level: (children,)
-    max_children: list[int]             # per level: M
-    is_new: list[Tensor]                # per level: (children,), are all items below new? Or []
-    leaf_start: np.ndarray              # (leaves + 1,) places in leaf_items
-    leaf_items: np.ndarray              # (N,) rows of the catalogue, ascending within a leaf
-
-def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Tensor | None = None) -> Trie:
-    """Build the trie of codes (N, L) with one sort and O(N) memory; new (N,): which items are new."""
-    num_levels = codes.shape[1]
-    if codebook_size ** num_levels > 2 ** 62:
-        stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; use fewer")
-    key = torch.zeros(len(codes), dtype=torch.long)
-    for level in range(num_levels):
-        key = key * codebook_size + codes[:, level]
-    key, order = key.sort(stable=True)                          # catalogue order within a leaf
-    nodes, items = torch.unique_consecutive(key, return_counts=True)
-    leaf_start = F.pad(items.cumsum(0), (1, 0))
-    if new is None:
-        new = torch.zeros(len(codes), dtype=torch.bool)
-    old_before = F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # old items before each node
-    first_child, level_codes, max_children, is_new = [], [], [], []
-    for _ in range(num_levels):                                 # from the leaves up
-        parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
-        start = F.pad(counts.cumsum(0), (1, 0))
-        first_child.insert(0, start.to(device, torch.int32))
-        level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
-        max_children.insert(0, int(counts.max()))
-        if new.any():
-            is_new.insert(0, (old_before.diff() == 0).to(device))
-        nodes, old_before = parents, old_before[start]
-    return Trie(first_child, level_codes, max_children, is_new, leaf_start.numpy(), order.numpy())
-
-def leaf_of_items(trie: Trie) -> np.ndarray:
-    """The leaf of each catalogue row, (N,)."""
-    leaves = np.repeat(np.arange(len(trie.leaf_start) - 1), np.diff(trie.leaf_start))
-    return leaves[trie.leaf_items.argsort()]
-
 # ---- The memory: counts of item pairs ----------------------------
 def count_pairs(samples: list[dict]) -> dict:
-    """Skip-gram counts, normalised: item_id -> {item_id: share}.
+    """Skip-gram counts as shares n / (total + 10): item_id -> {item_id: share}.
 
     Each item of a sample's history is a pair with the target. It counts 0.5 ** (steps between them), the
     reverse pair half as much. Samples that continue each other count each pair of a sequence once.
@@ -101,85 +68,45 @@ def count_pairs(samples: list[dict]) -> dict:
         for steps, item_id in enumerate(sample["history"][:-MEMORY_STEPS - 1:-1]):
             counts[item_id][sample["target"]] += MEMORY_DECAY ** steps
             counts[sample["target"]][item_id] += MEMORY_REVERSE * MEMORY_DECAY ** steps
-    return {item_id: {other: n / row.total() for other, n in row.items()}
+    return {item_id: {other: n / (row.total() + MEMORY_PRIOR) for other, n in row.items()}
             for item_id, row in counts.items()}
 
 def recall(history: list, pairs: dict, known, skip: set) -> dict:
-    """p_memory(item | history) over the known items but `skip`, most likely first; maybe empty."""
+    """p_memory(item | history) of the known items but `skip`, most likely first; sums to at most 1.
+
+    It is the mean of the shares of the history's items, with weights 0.5 ** (steps from the end).
+    """
     found: Counter = Counter()
+    total = sum(MEMORY_DECAY ** steps for steps in range(len(history)))
     for steps, item_id in enumerate(reversed(history)):
         for other, share in pairs.get(item_id, {}).items():
             if other in known and other not in skip:
-                found[other] += MEMORY_DECAY ** steps * share
-    return {item_id: mass / found.total() for item_id, mass in found.most_common()}
+                found[other] += MEMORY_DECAY ** steps / total * share
+    return dict(found.most_common())
 
 class Memory(NamedTuple):
     """What the memory says to each prompt of a batch, sparse: S leaves at most, ascending."""
     leaves: Tensor                      # (B, S), padded with a number beyond all leaves
-    before: Tensor                      # (B, S + 1), mass of the leaves before each one
-    weight: Tensor                      # (B, 1, 1), lambda; 0 where the memory is empty
+    before: Tensor                      # (B, S + 1), lambda * mass of the leaves before each one
+    share: Tensor                       # (B, 1, 1), lambda * mass of all
 
 def make_memory(recalled: list[dict], leaf_of: dict, weight: float, device: torch.device) -> Memory:
-    """Sort what was recalled for each prompt, {item_id: mass}, by leaf."""
+    """Sort what was recalled for each prompt, {item_id: mass}, by leaf; weight: lambda."""
     rows = [sorted((leaf_of[item_id], mass) for item_id, mass in found.items()) for found in recalled]
     leaves = [torch.tensor([leaf for leaf, _ in row], dtype=torch.long) for row in rows]
-    masses = [torch.tensor([mass for _, mass in row], dtype=torch.double) for row in rows]
+    masses = [torch.tensor([weight * mass for _, mass in row], dtype=torch.double) for row in rows]
     before = F.pad(pad_sequence(masses, batch_first=True).cumsum(1), (1, 0))
-    weights = torch.tensor([weight if row else 0.0 for row in rows])
     leaves = pad_sequence(leaves, batch_first=True, padding_value=2 ** 62)
-    return Memory(leaves.to(device), before.to(device), weights[:, None, None].to(device))
+    return Memory(leaves.to(device), before.to(device), before[:, -1:, None].float().to(device))
 
 def remembered(trie: Trie, depth: int, nodes: Tensor, memory: Memory) -> Tensor:
-    """The memory's mass below each node of that depth; nodes (B, W, M) -> (B, W, M)."""
+    """lambda * the memory's mass below each node of that depth; nodes (B, W, M) -> (B, W, M)."""
     ends = [torch.searchsorted(memory.leaves, end.flatten(1).long().contiguous())
             for end in leaves_below(trie, depth, nodes)]
     before, until = (memory.before.gather(1, end) for end in ends)
     return (until - before).view_as(nodes).float()
 
-# ---- One step down the trie --------------------------------------
-def leaves_below(trie: Trie, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """The first leaf below each node of that depth, and the first one beyond. They are neighbours."""
-    low, high = nodes, nodes + 1
-    for first_child in trie.first_child[depth:]:
-        low, high = first_child[low], first_child[high]
-    return low, high
-
-def any_allowed(trie: Trie, depth: int, nodes: Tensor, counts: Tensor) -> Tensor:
-    """Is any leaf below each node of that depth allowed? nodes (B, W, M) -> bool.
-
-    counts (B, leaves + 1): the number of allowed leaves before each leaf.
-    """
-    ends = leaves_below(trie, depth, nodes)
-    before, until = (counts.gather(1, end.flatten(1).long()) for end in ends)
-    return (until > before).view_as(nodes)
-
-def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
-    """Give new children the mean probability of their old siblings, if any; logits, new (B, W, M).
-
-    A model has learned that a code which no item had never follows its prefix, so by its own scores it
-    never recommends an item that joined later. Where n children share a prefix, a new one gets 1 / n.
-    """
-    old = logits.masked_fill(new, -torch.inf)
-    count = (old > -torch.inf).sum(-1, keepdim=True)
-    return torch.where(new & (count > 0), old.logsumexp(-1, keepdim=True) - count.log(), logits)
-
-def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor,
-           counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Children of beams and their log-probabilities; nodes (B, W), logits (B, W, K) -> two (B, W, M).
-
-    Slots beyond a node's children, and children without an allowed leaf, get -inf.
-    """
-    start, end = trie.first_child[level][nodes], trie.first_child[level][nodes + 1]
-    slot = torch.arange(trie.max_children[level], device=nodes.device)
-    live = slot < (end - start)[..., None]
-    children = torch.where(live, start[..., None] + slot, 0)
-    if counts is not None:
-        live = live & any_allowed(trie, level + 1, children, counts)
-    logits = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
-    if trie.is_new:
-        logits = average_siblings(logits, trie.is_new[level][children] & live)
-    return children, logits.log_softmax(-1).masked_fill(~live, -torch.inf)      # -inf, not NaN
-
+# ---- Sampling ----------------------------------------------------
 def add_gumbel(x: Tensor, generator: torch.Generator) -> Tensor:
     """x plus standard Gumbel noise."""
     return x - torch.empty_like(x).exponential_(generator=generator).clamp_(min=2 ** -25).log()
@@ -249,7 +176,7 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
     L forward passes: the prompts, then one per further level. Scores of -inf at the end are not results:
     there were fewer SIDs than beams. allowed (B or 1, leaves), bool: only these SIDs exist for that prompt.
     sample, a generator: draw distinct SIDs without replacement from the policy, in the order of the draws.
-    memory: a prefix has the probability (1 - lambda) p_LM + lambda p_memory, and so has each SID.
+    memory: a prefix has the probability (1 - lambda m) p_LM + lambda p_memory, and so has each SID.
     """
     head, counts, batch = model.get_output_embeddings().weight, None, len(prompts)
     if allowed is not None:
@@ -270,9 +197,8 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
         children, log_probs = expand(trie, level, nodes, logits, counts)
         total = mixed = scores[..., None] + log_probs                        # (B, W, M)
         if memory:
-            mass = remembered(trie, level + 1, children, memory)
-            mass = (memory.weight * mass).masked_fill(log_probs == -torch.inf, 0)
-            mixed = torch.logaddexp((1 - memory.weight).log() + total, mass.log())
+            mass = remembered(trie, level + 1, children, memory).masked_fill(total == -torch.inf, 0)
+            mixed = torch.logaddexp((1 - memory.share).log() + total, mass.log())
         rank_by = perturb(mixed, perturbed, sample) if sample else mixed
         beams = min(num_beams, total[0].numel(), len(trie.codes[level]))
         perturbed, best = rank_by.flatten(1).topk(beams)
@@ -408,7 +334,8 @@ def print_table(rows: list[dict]) -> None:
 
 def print_kinds(rows: list[dict]) -> None:
     """HR@1 / HR@10 of each method by what training has shown of the target."""
-    print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}" + "".join(f"{row['method'][-18:]:>20}" for row in rows))
+    heads = "".join(f"{row['method'][-18:]:>20}" for row in rows)
+    print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}{heads}")
     for kind, first in rows[0]["kinds"].items():
         hits = [f"{row['kinds'][kind]['HR@1']:.3f} / {row['kinds'][kind]['HR@10']:.3f}" for row in rows]
         print(f"{kind:<34}{first['n']:>6}" + "".join(f"{hit:>20}" for hit in hits))
@@ -446,7 +373,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--metrics", help="instead of RUN/metrics.jsonl")
     flag("--predictions", help="instead of RUN/predictions.jsonl")
     flag("--num-beams", type=number(int, 1), help="W; default: 20, or 5 for tasks about single items")
-    flag("--memory", type=number(float, 0, 1), default=0.3, metavar="LAMBDA",
+    flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA",
          help="weight of the memory, counts of item pairs, beside the model; 0: the papers' system")
     flag("--memory-from", metavar="FILE", help="samples to count, instead of RUN/train.jsonl")
     flag("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
@@ -456,7 +383,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--show", type=number(int, 0), default=0, help="print so many users' recommendations")
     flag("--history", help="comma-separated item_ids: print ten recommendations and stop")
     args = parser.parse_args(argv)
-    if args.history and args.task and "{history}" not in TASKS[args.task].instructions[0]:
+    if args.history and args.task and not TASKS[args.task].recommends:
         parser.error(f"--history needs a task with a history, --task {args.task} has none")
     return args
 
@@ -505,7 +432,7 @@ def main() -> None:
     if args.history:
         rows = [{"history": read_history(args.history, items)}]
         fields = history_fields(rows[0]["history"], item_of)
-        instructions = [TASKS[task].instructions[0].format(**fields)]
+        instructions = [TASKS[task].instructions[0].format(**fields) + TASKS[task].end]
     else:
         pairs = read_pairs(run, task, args.split, items, args.limit)
         instructions, rows = [pair.instruction for pair in pairs], [pair.row for pair in pairs]

@@ -42,7 +42,8 @@ import requests
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
-from tokenize_items import make_parser, number, parse_sid_token, read_catalogue, stop, write_jsonl
+from tokenize_items import (ID, make_parser, number, parse_sid_token, read_catalogue, read_jsonl, stop,
+                            write_jsonl)
 
 MIN_KEYWORDS, MAX_KEYWORDS, TFIDF_KEYWORDS = 10, 20, 15
 DESCRIPTION_WEIGHT = 0.3                # of a word that is in an item's description but not in its title
@@ -186,10 +187,10 @@ def make_questions(samples: dict[str, list[dict]], items: list[dict],
     for token, sample in samples.items():
         prompt = MEANING_PROMPT.format(items="\n".join(item_json(item) for item in sample))
         brands = sorted({item["brand"].strip() for item in sample} - {""})
-        questions[token] = Question(prompt, partial(read_meaning, brands=brands))
+        questions[token] = Question(prompt, partial(parse_meaning, brands=brands))
     for item in items if num_queries else []:
         prompt = QUERIES_PROMPT.format(item=item_json(item), count=num_queries)
-        read = partial(read_queries, count=num_queries)
+        read = partial(parse_queries, count=num_queries)
         questions[f"item {item['item_id']!r}"] = Question(prompt, read)
     return questions
 
@@ -202,7 +203,7 @@ def distinct(texts: list[str]) -> list[str]:
     """The texts that are not empty, each once, whatever its case."""
     return list({text.strip().lower(): text.strip() for text in texts if text.strip()}.values())
 
-def read_meaning(text: str, brands: list[str]) -> dict:
+def parse_meaning(text: str, brands: list[str]) -> dict:
     """Read {"description", "keywords"} and check the rules of TS-Rec, appendix A.1."""
     answer = find_json(text, "{}")
     description, keywords = answer.get("description"), answer.get("keywords")
@@ -222,7 +223,7 @@ def read_meaning(text: str, brands: list[str]) -> dict:
                 raise ValueError(f"the keyword {keyword!r} contains the brand name {brand!r}")
     return {"description": description, "keywords": keywords}
 
-def read_queries(text: str, count: int) -> list[str]:
+def parse_queries(text: str, count: int) -> list[str]:
     """Read [{"query": ...}, ...] and check the rules of STAR, appendix A.2.2."""
     rows = find_json(text, "[]")
     if not all(isinstance(row, dict) and isinstance(row.get("query"), str) for row in rows):
@@ -318,6 +319,24 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
     print(f"answers | {len(questions) - len(todo)} cached | {len(todo) - len(failed)} new | {len(failed)} "
           f"not usable, tfidf takes their place {failed[:5]}")
     return answers
+
+# ---- Reading what this stage writes ------------------------------
+def read_semantics(path: str | Path, items: list[dict]) -> list[dict]:
+    """Read semantics.jsonl; stops if it describes other SIDs than those of the catalogue."""
+    sid_of = {item["item_id"]: item["sid"] for item in items}
+    used = {token for sid in sid_of.values() for token in sid}
+    rows = read_jsonl(path, {"token": str, "description": str, "keywords": list})
+    for row in rows:
+        strangers = [i for i in row.get("sampled") or [] if row["token"] not in sid_of.get(i, [])]
+        if row["token"] not in used or strangers:
+            stop(f"{path}: {row['token']} is of other SIDs than those in items.jsonl; "
+                 "run extract_semantics.py again")
+    return rows
+
+def read_queries(path: Path, known: set, split: str) -> list[dict]:
+    """The search queries of one split, {"item_id", "query", "split"}."""
+    rows = read_jsonl(path, {"item_id": ID, "query": str, "split": str}, known=known)
+    return [row for row in rows if row["split"] == split]
 
 # ---- Command line ------------------------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

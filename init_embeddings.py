@@ -12,8 +12,7 @@ Reads   RUN/items.jsonl, semantics.jsonl, codebook.pt (for its size, if it exist
 Writes  RUN/init.pt: config, tokenizer, weights and SID vocabulary in one file
 
 Differs from the paper
-  1. `--backbone tiny` (default) builds a small Qwen2-shaped LM with its own BPE and pretrains it on the
-     item texts for about a minute, so that nothing has to be downloaded.
+  1. `--backbone tiny` (default) builds a small Qwen2-shaped LM and pretrains it on the item texts.
   2. `--sa-norm`: none is eq. 9 as printed. vocab rescales each row to the vocabulary's average norm, as
      the authors' code does. centered (default) first subtracts what all SA rows have in common, since
      they point in nearly the same direction: e_s <- mu + (e_s - mean_s e_s), at the mean |e_v - mu|.
@@ -34,18 +33,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as full_state
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast,
                           Qwen2Tokenizer)
 
+from extract_semantics import read_semantics
 from tokenize_items import (LEVELS, atomic_write, codes_of, item_text, load_pretrained, load_pt, make_parser,
-                            number, parse_sid_token, read_catalogue, read_jsonl, set_up, sid_token, stop)
+                            number, parse_sid_token, read_catalogue, set_up, sid_token, stop)
 
 # Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 PRETRAIN_WINDOW, PRETRAIN_BATCH, PRETRAIN_LR = 128, 16, 2e-3
@@ -54,12 +57,9 @@ NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep")     # flags t
 FULL_STATE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 # The tiny BPE is trained on this text too, so that prompts are not spelled by letters.
 PROMPT_ENGLISH = (
-    "The user has interacted with items in chronological order. Can you predict the next possible item that "
-    "the user may expect? Which item has the title? What is the title of item? The user has sequentially "
-    "interacted with items. Can you recommend the next item for him? Tell me the title of the item. Please "
-    "review the user's historical interactions: and describe what kind of item he still needs. Identify the "
-    "specific SID token shared by items that exhibit the following scope and characteristics: Describe the "
-    "typical scope and shared features of items associated with the token: Response: Instruction: Answer:")
+    "The user bought. Which item has the title? What is the title of item? Identify the specific SID token "
+    "shared by items that exhibit the following scope and characteristics: Describe the typical scope and "
+    "shared features of items associated with the token:")
 
 # ---- Vocabulary extension (eq. 4) --------------------------------
 def extend_vocabulary(model, tokenizer, num_levels: int, codebook_size: int) -> Tensor:
@@ -138,8 +138,7 @@ def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
     """Next-token prediction on windows of the item texts, tokens (n,); -> loss of the last steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = 0.1 if steps > 10 else 0.3
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=warmup)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)
     window, losses = min(PRETRAIN_WINDOW, len(tokens) - 1), []
     torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")    # its backward is slow there
     model.train()
@@ -196,7 +195,7 @@ def check_head(model, name: str) -> None:
     if not torch.allclose(logits, hidden @ head.T, atol=1e-3, rtol=1e-3):
         stop(f"--backbone {name}: logits are not last hidden state times a matrix; choose another")
 
-# ---- Low-rank adapters (train.py --lora) -------------------------
+# ---- Low-rank adapters (train.py --lora) and dropout --------------
 class LoRA(nn.Module):
     """y = W x + alpha / R * B A dropout(x), with W frozen and B = 0 at first (arXiv 2106.09685)."""
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -231,6 +230,15 @@ def merge_lora(model, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if f"{name}.linear.bias" in weights:
                 weights[f"{name}.bias"] = weights.pop(f"{name}.linear.bias")
     return weights
+
+def add_dropout(model, p: float) -> None:
+    """Drop parts of embeddings and residual branches of a Llama-like model in training."""
+    def hook(module, inputs, output):
+        return F.dropout(output, p, model.training)
+    model.get_input_embeddings().register_forward_hook(hook)
+    for name, module in model.named_modules():
+        if name.endswith((".o_proj", ".down_proj")):
+            module.register_forward_hook(hook)
 
 # ---- Checkpoints: what init.pt, align.pt, sft.pt and rl.pt share ----
 def sid_digest(items: list[dict]) -> str:
@@ -308,18 +316,6 @@ def count_parameters(model) -> float:
     """The number of parameters, in millions."""
     return sum(p.numel() for p in model.parameters()) / 1e6
 
-def read_semantics(path: str | Path, items: list[dict]) -> list[dict]:
-    """Read semantics.jsonl; stops if it describes other SIDs than those of the catalogue."""
-    sid_of = {item["item_id"]: item["sid"] for item in items}
-    used = {token for sid in sid_of.values() for token in sid}
-    rows = read_jsonl(path, {"token": str, "description": str, "keywords": list})
-    for row in rows:
-        strangers = [i for i in row.get("sampled") or [] if row["token"] not in sid_of.get(i, [])]
-        if row["token"] not in used or strangers:
-            stop(f"{path}: {row['token']} is of other SIDs than those in items.jsonl; "
-                 "run extract_semantics.py again")
-    return rows
-
 def position_limit(config, in_search: bool) -> float:
     """The most tokens of a sequence. The cached passes of the search must fit a sliding window."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -332,6 +328,107 @@ def check_lengths(longest: int, config, in_search: bool = False) -> None:
     if longest > limit:
         stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; make the run with "
              "a lower --max-history, or leave out tasks with long texts")
+
+# ---- The trie as flat tensors: for train.py, evaluate.py and rl.py ----
+class Trie(NamedTuple):
+    """All SIDs as a prefix tree. The children of node n at depth l are first_child[l][n] up to
+    first_child[l][n + 1]; their codes are codes[l]. Nodes of depth L are leaves, one per SID."""
+    first_child: list[Tensor]           # per level: (nodes + 1,)
+    codes: list[Tensor]                 # per level: (children,)
+    max_children: list[int]             # per level: M
+    is_new: list[Tensor]                # per level: (children,), are all items below new? Or []
+    leaf_start: np.ndarray              # (leaves + 1,) places in leaf_items
+    leaf_items: np.ndarray              # (N,) rows of the catalogue, ascending within a leaf
+
+def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Tensor | None = None) -> Trie:
+    """Build the trie of codes (N, L) with one sort and O(N) memory; new (N,): which items are new."""
+    num_levels = codes.shape[1]
+    if codebook_size ** num_levels > 2 ** 62:
+        stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; use fewer")
+    key = torch.zeros(len(codes), dtype=torch.long)
+    for level in range(num_levels):
+        key = key * codebook_size + codes[:, level]
+    key, order = key.sort(stable=True)                          # catalogue order within a leaf
+    nodes, items = torch.unique_consecutive(key, return_counts=True)
+    leaf_start = F.pad(items.cumsum(0), (1, 0))
+    new = torch.zeros(len(codes), dtype=torch.bool) if new is None else new
+    old_before = F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # old items before each node
+    first_child, level_codes, max_children, is_new = [], [], [], []
+    for _ in range(num_levels):                                 # from the leaves up
+        parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
+        start = F.pad(counts.cumsum(0), (1, 0))
+        first_child.insert(0, start.to(device, torch.int32))
+        level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
+        max_children.insert(0, int(counts.max()))
+        if new.any():
+            is_new.insert(0, (old_before.diff() == 0).to(device))
+        nodes, old_before = parents, old_before[start]
+    return Trie(first_child, level_codes, max_children, is_new, leaf_start.numpy(), order.numpy())
+
+def leaf_of_items(trie: Trie) -> np.ndarray:
+    """The leaf of each catalogue row, (N,)."""
+    leaves = np.repeat(np.arange(len(trie.leaf_start) - 1), np.diff(trie.leaf_start))
+    return leaves[trie.leaf_items.argsort()]
+
+def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
+    """The nodes from depth 1 down to each leaf; (B, G) -> L times (B, G)."""
+    path = [leaves]
+    for first_child in trie.first_child[:0:-1]:     # a node's children are a range: find it
+        path.insert(0, torch.searchsorted(first_child, path[0].to(first_child.dtype), right=True) - 1)
+    return path
+
+def leaves_below(trie: Trie, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """The first leaf below each node of that depth, and the first one beyond. They are neighbours."""
+    low, high = nodes, nodes + 1
+    for first_child in trie.first_child[depth:]:
+        low, high = first_child[low], first_child[high]
+    return low, high
+
+def any_allowed(trie: Trie, depth: int, nodes: Tensor, counts: Tensor) -> Tensor:
+    """Is any leaf below each node of that depth allowed? nodes (B, W, M) -> bool.
+
+    counts (B, leaves + 1): the number of allowed leaves before each leaf.
+    """
+    ends = leaves_below(trie, depth, nodes)
+    before, until = (counts.gather(1, end.flatten(1).long()) for end in ends)
+    return (until > before).view_as(nodes)
+
+def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
+    """Give new children the mean probability of their old siblings, if any; logits, new (B, W, M).
+
+    A model has learned that a code which no item had never follows its prefix, so by its own scores it
+    never recommends an item that joined later. Where n children share a prefix, a new one gets 1 / n.
+    """
+    old = logits.masked_fill(new, -torch.inf)
+    count = (old > -torch.inf).sum(-1, keepdim=True)
+    return torch.where(new & (count > 0), old.logsumexp(-1, keepdim=True) - count.log(), logits)
+
+def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor,
+           counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Children of beams and their log-probabilities; nodes (B, W), logits (B, W, K) -> two (B, W, M).
+
+    Slots beyond a node's children, and children without an allowed leaf, get -inf.
+    """
+    start, end = trie.first_child[level][nodes], trie.first_child[level][nodes + 1]
+    slot = torch.arange(trie.max_children[level], device=nodes.device)
+    live = slot < (end - start)[..., None]
+    children = torch.where(live, start[..., None] + slot, 0)
+    if counts is not None:
+        live = live & any_allowed(trie, level + 1, children, counts)
+    logits = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
+    if trie.is_new:
+        logits = average_siblings(logits, trie.is_new[level][children] & live)
+    return children, logits.log_softmax(-1).masked_fill(~live, -torch.inf)      # -inf, not NaN
+
+def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -> Tensor:
+    """Log-probability of the next node of paths among its siblings; logits (B, 1 or G, K) -> (B, G).
+
+    path: from `trie_paths`, L times (B, G).
+    """
+    parents = path[level - 1] if level else torch.zeros_like(path[0][:, :1])
+    _, log_probs = expand(trie, level, parents, logits)                         # (B, 1 or G, M)
+    slot = path[level] - trie.first_child[level][parents]
+    return log_probs.expand(-1, slot.shape[1], -1).gather(-1, slot[..., None]).squeeze(-1)
 
 # ---- Several processes, interrupts, resuming: for train.py and rl.py ----
 def join_processes(device_name: str, seed: int) -> tuple[torch.device, int, int]:
@@ -380,6 +477,29 @@ def catch_interrupts(device: torch.device) -> Callable[[], bool]:
         return bool(sum_over_processes(torch.tensor(len(received), device=device)).item())
     return interrupted
 
+def shard(loss_of: nn.Module, world: int) -> None:
+    """FSDP: each process keeps a share of every layer's weights, gradients and moments."""
+    mesh = dist.init_device_mesh(loss_of.model.device.type, (world,))
+    for module in list(loss_of.modules()):
+        if type(module).__name__ in (loss_of.model._no_split_modules or ()):
+            fully_shard(module, mesh=mesh)
+    fully_shard(loss_of, mesh=mesh)
+
+def make_optimizer(model, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW on what trains, with weight decay on matrices but not on norms and biases."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=model.device.type == "cuda")
+
+def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
+    """Linear warm-up over at most a tenth of the run, then a cosine down to zero."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
 def save_progress(path: Path, model, optimizer, state: dict, settings: dict, rank: int) -> None:
     """Write what --resume needs. All processes must call it."""
     content = {"weights": full_state.get_model_state_dict(model, options=FULL_STATE), "optimizer": None,
@@ -415,10 +535,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          help="eq. 9 as printed, rescaled to the vocabulary's mean norm, or centered and rescaled")
     flag("--backbone", default="tiny", help="tiny, a Hugging Face causal LM by name or folder, or a "
          "checkpoint (.pt), whose SID rows are initialised again")
-    flag("--width", type=number(int, 32), default=192, help="tiny: hidden size, a multiple of 32")
-    flag("--layers", type=number(int, 1), default=4, help="tiny: number of layers")
+    flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")
+    flag("--layers", type=number(int, 1), default=3, help="tiny: number of layers")
     flag("--vocab-size", type=number(int, 1), default=6000, help="tiny: pieces of the BPE")
-    flag("--pretrain-steps", type=number(int, 1), default=400, help="tiny: steps on the item texts")
+    flag("--pretrain-steps", type=number(int, 1), default=150, help="tiny: steps on the item texts")
     args = parser.parse_args(argv)
     if args.width % 32:
         parser.error("--width must be a multiple of 32")

@@ -36,14 +36,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import (Trie, beam_search, build_trie, expand, leaf_of_items, prefill, rank_metrics, rank_of,
-                      read_tokens, search_all)
-from init_embeddings import (catch_interrupts, check_lengths, count_parameters, join_processes,
-                             leave_processes, load_model, load_progress, new_items, save_model,
-                             save_progress, sid_token_ids, sum_gradients, sum_over_processes, update_sid)
+from evaluate import beam_search, prefill, rank_metrics, rank_of, read_tokens, search_all
+from init_embeddings import (Trie, build_trie, catch_interrupts, check_lengths, count_parameters,
+                             join_processes, leaf_of_items, learning_rate, leave_processes, load_model,
+                             load_progress, new_items, path_log_probs, save_model, save_progress,
+                             sid_token_ids, sum_gradients, sum_over_processes, trie_paths, update_sid)
 from tokenize_items import (codes_of, length_batches, make_parser, number, read_catalogue, read_samples,
                             stop, write_jsonl)
-from train import TASKS, learning_rate, make_pairs, parse_weights, prompt_ids, read_data
+from train import TASKS, make_pairs, parse_weights, prompt_ids, read_data
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
 REWARDS = ("hit", "rank", "prefix")
@@ -107,13 +107,6 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor,
             "clipped": (clipped < ratio * advantages).float().mean((1, 2))}
 
 # ---- One forward pass for a group --------------------------------
-def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
-    """The nodes from depth 1 down to each leaf; (B, G) -> L times (B, G)."""
-    path = [leaves]
-    for first_child in trie.first_child[:0:-1]:     # a node's children are a range: find it
-        path.insert(0, torch.searchsorted(first_child, path[0].to(first_child.dtype), right=True) - 1)
-    return path
-
 def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves: Tensor,
                    precision: str = "cuda") -> Tensor:
     """Log-probability of each token of each rollout among the trie's children; (B, G) -> (B, G, L).
@@ -132,11 +125,8 @@ def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves
     hidden = read_tokens(model, tokens, prefix, level_of, ancestors, [group] * depth, precision)
     head, log_probs = model.get_output_embeddings().weight, []
     for level, seen in enumerate((prefix.last, *hidden.split(group, 1))):       # (B, 1 or G, D)
-        parents = path[level - 1] if level else torch.zeros_like(leaves[:, :1])
         logits = seen.float() @ head[sid_ids[level]].float().T                  # (B, 1 or G, K)
-        _, children = expand(trie, level, parents, logits)                      # (B, 1 or G, M)
-        slot = path[level] - trie.first_child[level][parents]
-        log_probs.append(children.expand(-1, group, -1).gather(-1, slot[..., None]).squeeze(-1))
+        log_probs.append(path_log_probs(trie, level, path, logits))
     return torch.stack(log_probs, -1)
 
 # ---- Rollouts and updates ----------------------------------------

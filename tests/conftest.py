@@ -84,7 +84,7 @@ def finished_run(toy_data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "toy"
     tiny = ("--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 10)
     for name, *flags in (("tokenize_items", "--data", toy_data, "--codebook-size", 8), ("extract_semantics",),
-                         ("init_embeddings", *tiny), ("train", "--epochs", 2, "--warmup", 5)):
+                         ("init_embeddings", *tiny), ("train", "--epochs", 2, "--batch-size", 16)):
         call(importlib.import_module(name), "--run", run, *flags)
     return run
 

@@ -138,14 +138,14 @@ def last_row(run: Path) -> dict:
 def test_new_items_as_the_model_scores_them(run, tmp_path):
     out, beams = tmp_path / "out.jsonl", ablation.COLD_BEAMS
     ablation.evaluate_as_scored(run, run / "sft.pt", "test", out, "cpu")
-    call(evaluate, "--run", run, "--num-beams", beams)
+    call(evaluate, "--run", run, "--num-beams", beams, "--memory", 0)
     row = last_row(run)
     assert all(row[name] == value for name, value in read_lines(out)[0].items())        # no item is new
 
     checkpoint = torch.load(run / "sft.pt", weights_only=True)
     checkpoint["sid"]["new_items"] = [item["item_id"] for item in read_lines(run / "items.jsonl")[::2]]
     torch.save(checkpoint, run / "sft.pt")
-    call(evaluate, "--run", run, "--num-beams", beams)
+    call(evaluate, "--run", run, "--num-beams", beams, "--memory", 0)
     assert last_row(run) != {**row, "seconds": last_row(run)["seconds"]}                # they are averaged
     before = read_lines(out)
     ablation.evaluate_as_scored(run, run / "sft.pt", "test", out, "cpu")

@@ -341,7 +341,8 @@ def ranks_in(predictions: list[dict]) -> list[int | None]:
     return [p["items"].index(p["target"]) + 1 if p["target"] in p["items"] else None for p in predictions]
 
 
-METHODS = ["popularity", "bigram", "skip-gram", "sft.pt", "sft.pt + memory 0.3"]
+MEMORY = f"memory {parse_args([]).memory:g}"
+METHODS = ["popularity", "bigram", "skip-gram", "sft.pt", f"sft.pt + {MEMORY}"]
 
 
 def test_files_and_table(run, capsys):
@@ -386,7 +387,7 @@ def test_flags_for_files_and_split(run, tmp_path):
          "--checkpoint", run / "init.pt", "--metrics", tmp_path / "m.jsonl",
          "--predictions", tmp_path / "new" / "p.jsonl")
     model = read_lines(tmp_path / "m.jsonl")[-1]
-    assert (model["method"], model["split"]) == ("init.pt + memory 0.3", "valid")
+    assert (model["method"], model["split"]) == (f"init.pt + {MEMORY}", "valid")
     assert (model["n"], model["num_beams"]) == (3, 5)
     assert len(read_lines(tmp_path / "new" / "p.jsonl")) == 3
     assert not (run / "metrics.jsonl").exists() and not (run / "predictions.jsonl").exists()
@@ -483,7 +484,7 @@ def change_config(run, **changes):
     torch.save(stored, run / "sft.pt")
 
 
-def narrow(run, window: int = 30):
+def narrow(run, window: int = 12):
     """A backbone that attends to so many tokens and no more."""
     change_config(run, use_sliding_window=True, sliding_window=window, max_window_layers=0, layer_types=None)
 
@@ -499,9 +500,9 @@ ERRORS = {      # name -> (flags, a change to the run, words of the message)
     "no checkpoint": (["--checkpoint", "{run}/none.pt"], None, ["none.pt"]),
     "another catalogue": ([], collide, ["sft.pt", "another catalogue"]),
     "a code the checkpoint lacks": ([], outgrow, ["sft.pt", "another catalogue"]),
-    "prompts that are too long": ([], lambda run: change_config(run, max_position_embeddings=30),
-                                  ["30", "tokens"]),
-    "prompts beyond the window": ([], narrow, ["30", "tokens"]),
+    "prompts that are too long": ([], lambda run: change_config(run, max_position_embeddings=12),
+                                  ["12", "tokens"]),
+    "prompts beyond the window": ([], narrow, ["12", "tokens"]),
     "a broken line": ([], lambda run: (run / "test.jsonl").write_text(json.dumps(SAMPLE) + '\n{"user_id":\n'),
                       ["test.jsonl", "line 2"]),
     "a missing field": ([], lambda run: write_lines(run / "test.jsonl", [{"user_id": "u", "history": [1]}]),

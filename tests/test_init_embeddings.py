@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import evaluate
 import init_embeddings
 from conftest import assert_stops, call, random_model, toy_items, write_lines
+from extract_semantics import read_semantics
 from init_embeddings import (check_head, check_tokens, extend_vocabulary, gaussian_rows, initial_rows,
-                             load_model, parse_args, pretrain, read_semantics, rescale, save_model,
-                             sid_digest, sid_token_ids)
+                             load_model, parse_args, pretrain, rescale, save_model, sid_digest, sid_token_ids)
 from tokenize_items import item_text, sid_token
 from train import prompt_ids
 

@@ -14,9 +14,9 @@ from conftest import ROOT
 UPSTREAM = {
     "tokenize_items": set(),
     "extract_semantics": {"tokenize_items"},
-    "init_embeddings": {"tokenize_items"},
-    "train": {"tokenize_items", "init_embeddings"},
-    "evaluate": {"tokenize_items", "init_embeddings", "train"},
+    "init_embeddings": {"tokenize_items", "extract_semantics"},
+    "train": {"tokenize_items", "extract_semantics", "init_embeddings"},
+    "evaluate": {"tokenize_items", "extract_semantics", "init_embeddings", "train"},
     "rl": {"tokenize_items", "init_embeddings", "train", "evaluate"}}
 # The stage before, which each stage must import from.
 CHAIN = {"extract_semantics": "tokenize_items", "init_embeddings": "tokenize_items",

@@ -134,6 +134,7 @@ def shop(finished_run, toy_data, tmp_path_factory) -> Path:
     call(extract_semantics, "--run", run, "--queries", 2)
     shutil.copytree(toy_data, run / "data")
     write_lines(folder / "in_stock.jsonl", [{"item_id": 1}, {"item_id": 12}])
+    write_lines(folder / "purchases.jsonl", [{"user_id": "u", "history": [1, 12], "target": 5}])
     write_lines(folder / "new_items.jsonl", [{"item_id": 1000, "title": "Acme steel rod, new"}])
     return folder
 

@@ -15,8 +15,8 @@ import rl as stage
 import tokenize_items
 import train
 from conftest import ROOT, assert_stops, call, random_model, write_lines
-from evaluate import beam_search, build_trie
-from init_embeddings import load_model, new_items, update_sid
+from evaluate import beam_search
+from init_embeddings import build_trie, load_model, new_items, trie_paths, update_sid
 from test_evaluate import CPU, KINDS, K, children_of, narrow, random_catalogue, random_prompts, read_lines
 from test_search import WINDOWS, generator
 from tokenize_items import codes_of, read_catalogue
@@ -161,7 +161,7 @@ def test_tree_forward_inside_a_sliding_window(name):
 
 def test_paths_lead_to_the_leaves():
     catalogue = make_catalogue()
-    path = stage.trie_paths(catalogue.trie, torch.arange(len(catalogue.codes))[None])
+    path = trie_paths(catalogue.trie, torch.arange(len(catalogue.codes))[None])
     codes = [codes[nodes[0]] for codes, nodes in zip(catalogue.trie.codes, path)]
     assert torch.stack(codes, 1).equal(catalogue.codes.int())
 
@@ -346,7 +346,7 @@ def test_new_items_are_averaged_as_in_evaluation(run, tmp_path):
     best = max((r for r in rows if "NDCG@10" in r), key=lambda r: r["NDCG@10"])
     for name, row in (("sft.pt", rows[0]), ("rl.pt", best)):
         call(evaluate, "--run", run, "--checkpoint", run / name, "--split", "valid", "--num-beams", 50,
-             "--batch-tokens", 4096)
+             "--memory", 0, "--batch-tokens", 4096)
         figures = read_lines(run / "metrics.jsonl")[-1]
         assert {k: figures[k] for k in stage.SHOWN} == pytest.approx({k: row[k] for k in stage.SHOWN})
 
@@ -468,7 +468,7 @@ def test_bad_input_is_one_line(run, capsys):
     assert_stops(capsys, call, stage, "--run", run, "--tasks", "search", words=("queries.jsonl",))
     assert (run / "sft.pt").read_bytes() == before and not (run / "rl.pt").exists()
     narrow(run)                                                         # prompts beyond the window
-    assert_stops(capsys, call, stage, "--run", run, "--tasks", "title2sid", words=("30", "tokens"))
+    assert_stops(capsys, call, stage, "--run", run, "--tasks", "title2sid", words=("12", "tokens"))
 
 
 def test_a_gradient_that_is_no_number_is_one_line(run, capsys, monkeypatch):

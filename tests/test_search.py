@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import evaluate
 from conftest import ROOT, call, random_model, write_lines
-from evaluate import beam_search, build_trie, leaf_filter, search_all
+from evaluate import beam_search, leaf_filter, search_all
+from init_embeddings import build_trie
 from test_evaluate import (CPU, KINDS, LOPSIDED, TEXT_ROWS, K, assert_search_is_exhaustive, exhaustive,
                            items_of, random_catalogue, random_prompts, read_lines)
 from tokenize_items import length_batches

@@ -13,7 +13,7 @@ def last_row(run) -> dict:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("task", ["title2sid", "description2sid", "text2sid", "retrieve", "titles2sid"])
+@pytest.mark.parametrize("task", ["title2sid", "description2sid", "text2sid", "retrieve", "next"])
 def test_tasks_that_ask_for_sids(run, task):
     call(evaluate, "--run", run, "--task", task, "--limit", 12)
     row = last_row(run)
@@ -38,7 +38,7 @@ def test_search_reads_the_test_queries_only(run, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--task sid2title", "sid2title"), ("--task text2token", "text2token"),
+    ("--task sid2title", "sid2title"), ("--task text2token", "text2token"), ("--task similar", "similar"),
     ("--history 1 --task title2sid", "--history")])
 def test_what_cannot_be_asked(flags, word, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -321,17 +321,17 @@ def test_interrupted_and_resumed(shop, server, capsys):
     ({**GOOD, "keywords": [*WORDS, "ACME wire"]}, "brand name 'Acme'")])
 def test_answers_that_break_a_rule(text, problem):
     with pytest.raises(ValueError) as error:
-        stage.read_meaning(text if isinstance(text, str) else json.dumps(text), brands=["Acme", "C++ (x"])
+        stage.parse_meaning(text if isinstance(text, str) else json.dumps(text), brands=["Acme", "C++ (x"])
     assert problem in str(error.value)
 
 
 def test_good_answers_in_any_wrapping():
     plain = json.dumps(GOOD)
     for text in (plain, f"```json\n{plain}\n```", f"<think>{{this}}?</think>\nHere: {plain} Good luck."):
-        assert stage.read_meaning(text, brands=["Acm", "rope ladder"]) == GOOD
+        assert stage.parse_meaning(text, brands=["Acm", "rope ladder"]) == GOOD
     text = "A No. 5 size of 1.5 ft. fits, i.e. most... So do 3. Does it last? It does! End."
     longest = {"description": text, "keywords": [f"word {n}" for n in range(20)]}
-    assert stage.read_meaning(json.dumps(longest), brands=[]) == longest
+    assert stage.parse_meaning(json.dumps(longest), brands=[]) == longest
 
 
 @pytest.mark.parametrize("text, problem", [
@@ -341,10 +341,10 @@ def test_good_answers_in_any_wrapping():
     ('[{"query": "a"}, {"query": "b"}, {"query": "c"}]', "not 3")])
 def test_queries_that_break_a_rule(text, problem):
     with pytest.raises(ValueError) as error:
-        stage.read_queries(text, count=2)
+        stage.parse_queries(text, count=2)
     assert problem in str(error.value)
     good = '```json\n[{"query": " a "},\n{"query": "b", "why": 1}]```'
-    assert stage.read_queries(good, count=2) == ["a", "b"]
+    assert stage.parse_queries(good, count=2) == ["a", "b"]
 
 
 def test_bad_answers_are_asked_again_with_what_was_wrong(shop, server, capsys):

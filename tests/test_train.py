@@ -1,4 +1,4 @@
-"""Stage 4: prompts, label mask, the loss against the naive one, batches, schedule, the loop, errors."""
+"""Stage 4: prompts, label mask, both losses against naive ones, batches, schedule, the loop, errors."""
 import collections
 import json
 import math
@@ -15,26 +15,32 @@ import evaluate
 import tokenize_items
 import train as stage
 from conftest import assert_stops, call, random_model, toy_interactions, write_lines
-from init_embeddings import check_lengths, load_model, load_tokenizer, sid_digest
+from init_embeddings import (build_trie, check_lengths, load_model, load_tokenizer, sid_digest,
+                             sid_token_ids)
+from test_evaluate import children_of, random_catalogue
+from tokenize_items import codes_of
 
 CPU = torch.device("cpu")
+CODES, SID_IDS = random_catalogue(3, 30)
+ITEMS = [
+    {"item_id": 1, "title": "Steel rod", "description": "A long rod", "sid": ["<a_0>", "<b_1>", "<c_0>"]},
+    {"item_id": "x", "title": "Blue wire", "description": "Copper", "sid": ["<a_1>", "<b_0>", "<c_1>"]}]
 DATA = {
-    "items": [
-        {"item_id": 1, "title": "Steel rod", "description": "A long rod", "sid": ["<a_0>", "<b_1>", "<c_0>"]},
-        {"item_id": "x", "title": "Blue wire", "description": "Copper", "sid": ["<a_1>", "<b_0>", "<c_1>"]}],
+    "items": ITEMS,
     "samples": [{"user_id": "u", "history": ["x", 1], "target": 1}],
-    "users": [{"user_id": "u", "items": [1, 1]}],                       # the same in any order
+    "users": [{"user_id": "u", "items": [1, "x", 1]}],
+    "neighbours": [{"item": ITEMS[1], "neighbours": ITEMS}],
     "tokens": [{"token": "<a_1>", "description": "Wires of copper"}],
     "queries": [{"item_id": 1, "query": "a rod of steel", "split": "train"}]}
 SID, TITLE, TEXT = "<a_0> <b_1> <c_0>", "Steel rod <eos>", "A long rod <eos>"
 TWO = "<a_1><b_0><c_1>, <a_0><b_1><c_0>"
-# Every template of every task, rendered with the first example, and the tokens that the loss counts.
+# Every template of every task, rendered with the first example, without its end, and the supervised tokens.
 TABLE = {
     "next": {f"The user has interacted with items {TWO} in chronological order. Can you predict the next "
              "possible item that the user may expect?": SID},
-    "next_brief": {f"The user has interacted with items {TWO}": SID},
-    "sequence": {"The user has interacted with items": f"{SID} , {SID}"},
-    "basket": {"The user has interacted with items, in any order": f"{SID} , {SID}"},
+    "next_brief": {"The user bought <a_1><b_0><c_1><a_0><b_1><c_0>": SID},
+    "sequence": {"The user bought <a_0><b_1><c_0>": f"<a_1> <b_0> <c_1> {SID}"},
+    "similar": {"The user bought <a_1><b_0><c_1>": SID},
     "title2sid": {"Which item has the title: Steel rod?": SID},
     "sid2title": {'What is the title of item "<a_0><b_1><c_0>"?': TITLE},
     "next_title": {f"The user has sequentially interacted with items {TWO}. Can you recommend the next item "
@@ -56,8 +62,6 @@ TABLE = {
         f"Based on the items that the user has interacted with: {TWO}, can you determine what item would be "
         "recommended to the user next?": SID,
         f"Here is the item interaction history of the user: {TWO}, what to recommend to the user next?": SID},
-    "titles2sid": {'The user has bought items with these titles, in chronological order: "Blue wire", "Steel '
-                   'rod". Which item comes next?': SID},
     "search": {
         "As a recommender system, you are assisting a user who expresses a desire to obtain an item with the "
         "following characteristics: a rod of steel. Please recommend an item that meets these criteria.": SID,
@@ -100,6 +104,22 @@ def ragged(count: int = 11, seed: int = 0, rows: int = 97) -> list[stage.Example
     return out
 
 
+def sids_and_texts(count: int = 8, codes: torch.Tensor = CODES,
+                   sid_ids: torch.Tensor = SID_IDS) -> list[stage.Example]:
+    """In turn, texts as in `ragged` and one to four SIDs behind the same prompt; no two weights are equal."""
+    rng, out, leaves = random.Random(1), [], sorted(codes.tolist())
+    for text in ragged(count):
+        sids = [rng.choice(leaves) for _ in range(rng.randrange(1, 5))]
+        ids = [int(row[code]) for sid in sids for row, code in zip(sid_ids, sid)]
+        sequence = text._replace(task="sequence", ids=text.ids[:text.start] + ids)
+        out += [text, sequence._replace(leaves=[leaves.index(sid) for sid in sids])]
+    return [e._replace(weight=n + 0.5) for n, e in enumerate(out)]
+
+
+def loss_of(model, codes: torch.Tensor = CODES, sid_ids: torch.Tensor = SID_IDS) -> stage.ResponseLoss:
+    return stage.ResponseLoss(model, build_trie(codes, sid_ids.shape[1], CPU), sid_ids)
+
+
 def naive_losses(model, examples: list[stage.Example]) -> torch.Tensor:
     """Each supervised token's loss from the full (B, T, V) logits under an attention mask."""
     length = max(len(e.ids) for e in examples)
@@ -110,8 +130,41 @@ def naive_losses(model, examples: list[stage.Example]) -> torch.Tensor:
                         for t in range(e.start, len(e.ids))])
 
 
+def texts_first(examples: list[stage.Example]) -> list[stage.Example]:
+    """In the order of the losses."""
+    return sorted(examples, key=lambda e: bool(e.leaves))
+
+
+def slow_losses(model, examples: list[stage.Example], codes: torch.Tensor = CODES,
+                sid_ids: torch.Tensor = SID_IDS) -> torch.Tensor:
+    """Texts by `naive_losses`; each code of a SID among those that follow its prefix, in a dictionary."""
+    kids, texts = children_of(codes), [e for e in examples if not e.leaves]
+    losses = [naive_losses(model, texts)] if texts else []
+    for e in [e for e in examples if e.leaves]:
+        logits = model(input_ids=torch.tensor([e.ids])).logits[0]
+        for t in range(e.start, len(e.ids)):
+            level = (t - e.start) % len(sid_ids)
+            sid = [sid_ids[n].tolist().index(e.ids[t - level + n]) for n in range(level + 1)]
+            legal = kids[tuple(sid[:-1])]
+            log_probs = logits[t - 1, sid_ids[level, legal]].log_softmax(0)
+            losses.append(-log_probs[legal.index(sid[-1])][None])
+    return torch.cat(losses)
+
+
+def sids_of(items: list[dict], tokenizer) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Of a toy run: codes (N, L), ids of the SID tokens (L, 8), the leaf of every SID."""
+    codes = torch.from_numpy(codes_of(items))
+    leaves = sorted(set(map(tuple, codes.tolist())))
+    leaf_of = {"".join(item["sid"]): leaves.index(tuple(row)) for item, row in zip(items, codes.tolist())}
+    return codes, sid_token_ids(tokenizer, 3, 8), leaf_of
+
+
 def checkpoint(path) -> dict:
     return torch.load(path, weights_only=True)
+
+
+def parse_tasks(text: str) -> dict[str, float]:
+    return stage.parse_args(["--tasks", text]).tasks
 
 
 def log_of(path) -> list[dict]:
@@ -121,60 +174,83 @@ def log_of(path) -> list[dict]:
 # ---- Prompts, responses and the label mask -------------------------------------------------------
 
 def texts_of(name: str, data: dict = DATA, seed: str = "") -> list[tuple[str, str]]:
-    return [(pair.instruction, pair.response) for pair in stage.make_pairs(name, data, seed)]
+    """Instructions without their ends, and responses."""
+    end, pairs = stage.TASKS[name].end, stage.make_pairs(name, data, seed)
+    return [(pair.instruction.removesuffix(end), pair.response) for pair in pairs]
 
 
 def first_example(tokenizer, name: str, max_response: int) -> stage.Example:
     return stage.make_examples(tokenizer, name, DATA, max_response)[0]
 
 
-@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
-def test_label_mask_token_by_token(pad):
+def judged(batch: stage.Batch) -> torch.Tensor:
+    """The position that each loss judges, in the order of the losses."""
+    sids = batch.sid_places[:, None] + torch.arange(3)
+    return torch.cat([batch.places, sids.flatten()])
+
+
+@pytest.mark.parametrize("pad, loss", [("<pad>", "vocab"), ("<eos>", "vocab"), ("<pad>", "trie")])
+def test_label_mask_token_by_token(pad, loss):
     tokenizer = word_tokenizer(pad)
+    leaf_of = {"<a_0><b_1><c_0>": 0, "<a_1><b_0><c_1>": 1} if loss == "trie" else {}
     assert set(TABLE) == set(stage.TASKS)                               # a new task needs a row above
-    names, examples, expected = [], [], []
+    examples, expected, leaves = [], [], []
     for name, table in TABLE.items():
         drawn = {texts_of(name, DATA, str(seed))[0][0]: str(seed) for seed in range(40)}
         assert drawn.keys() == table.keys()                             # all of its templates
         for instruction, seed in drawn.items():
-            names.append(name)
-            examples.append(stage.make_examples(tokenizer, name, DATA, 99, len(name), seed)[0])
-            response = [f"[{token}]" for token in words_of(table[instruction])]
-            expected.append(words_of(instruction + "\n") + response)
+            example, = stage.make_examples(tokenizer, name, DATA, 99, seed, leaf_of)[:1]
+            examples.append(example._replace(weight=len(name)))
+            response = words_of(table[instruction])
+            prompt = words_of(instruction + stage.TASKS[name].end)
+            expected.append(prompt + [f"[{token}]" for token in response])
+            if leaf_of and response[0][0] == "<" and len(response) > 1:         # whole SIDs
+                leaves += [int(token == "<a_1>") for token in response[::3]]
 
     batch = stage.collate(examples, CPU)                                # all in one, so most are padded
-    assert batch.ids.shape[1] % 8 == 0
-    for row, (name, example) in enumerate(zip(names, examples)):
+    assert batch.ids.shape[1] % 8 == 0 and batch.leaves.tolist() == leaves
+    counted = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    counted.view(-1)[judged(batch) + 1] = True                          # position t is judged on token t + 1
+    for row, example in enumerate(examples):
         tokens = tokenizer.convert_ids_to_tokens(batch.ids[row, :len(example.ids)].tolist())
-        counted = [False] + (batch.labels[row] != -100).tolist()        # position t is judged on token t + 1
-        shown = [f"[{token}]" if counted[t] else token for t, token in enumerate(tokens)]
+        shown = [f"[{token}]" if counted[row, t] else token for t, token in enumerate(tokens)]
         assert shown == expected[row]
-        assert not any(counted[len(example.ids):])                      # and never on padding
-        assert "<unk>" not in tokens and example.task == name
-    supervised = [name for name, e in zip(names, examples) for _ in e.ids[e.start:]]
+        assert not counted[row, len(example.ids):].any()                # and never on padding
+        assert "<unk>" not in tokens
+    supervised = [e.task for e in texts_first(examples) for _ in e.ids[e.start:]]
     assert [stage.TASK_NAMES[n] for n in batch.tasks.tolist()] == supervised
     assert batch.weights.tolist() == [len(name) for name in supervised]
 
 
 def test_collate_equals_a_naive_loop():
-    examples = ragged(9)
-    batch = stage.collate(examples, CPU)
+    examples = sids_and_texts()
+    batch, losses, labels = stage.collate(examples, CPU), [], []
     for row, example in enumerate(examples):
-        for t in range(batch.ids.shape[1]):
-            counts = t + 1 < len(example.ids) and t + 1 >= example.start
-            assert batch.labels[row, t] == (example.ids[t + 1] if counts else -100)
-            assert t >= len(example.ids) or batch.ids[row, t] == example.ids[t]
-    assert (batch.labels != -100).sum() == sum(len(e.ids) - e.start for e in examples)
+        padding = [0] * (batch.ids.shape[1] - len(example.ids))
+        assert batch.ids[row].tolist() == example.ids + padding
+    for example in texts_first(examples):
+        for t in range(example.start, len(example.ids)):
+            losses.append((examples.index(example), t - 1, example.weight, example.task))
+            labels += [example.ids[t]] if not example.leaves else []
+    rows, positions = judged(batch) // batch.ids.shape[1], judged(batch) % batch.ids.shape[1]
+    tasks = [stage.TASK_NAMES[n] for n in batch.tasks]
+    assert list(zip(rows.tolist(), positions.tolist(), batch.weights.tolist(), tasks)) == losses
+    assert batch.labels.tolist() == labels
+    assert batch.leaves.tolist() == [leaf for example in examples for leaf in example.leaves]
 
 
-def test_baskets_hold_the_same_items_in_an_order_of_the_seed():
-    items = [{"item_id": n, "title": f"t{n}", "description": "", "sid": [f"<a_{n}>"]} for n in range(9)]
-    data = {"items": items, "users": [{"user_id": "u", "items": list(range(9))}]}
-    (_, in_order), = texts_of("sequence", data)
-    assert in_order == ", ".join(f"<a_{n}>" for n in range(9))
-    baskets = [texts_of("basket", data, seed)[0][1] for seed in ("42 0", "42 0", "42 1")]
-    assert baskets[0] == baskets[1] != baskets[2]
-    assert all(sorted(basket.split(", ")) == sorted(in_order.split(", ")) for basket in baskets)
+def test_similar_items_share_their_first_codes():
+    codes = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    items = [{"item_id": n, "sid": [f"<{level}_{code}>" for level, code in zip("abc", row)]}
+             for n, row in enumerate(codes)]
+    data, sids = {"items": items, "neighbours": stage.neighbours(items)}, ["".join(i["sid"]) for i in items]
+    draws = [texts_of("similar", data, str(seed)) for seed in range(20)]
+    assert draws[0] == texts_of("similar", data, "0")
+    found = collections.Counter(pair for draw in draws for pair in draw)
+    # two of them share two codes, the third one only the first code; the last one is left out
+    pairs = [(0, 1), (1, 0), (2, 0), (2, 1)]
+    assert set(found) == {(f"The user bought {sids[one]}", sids[other]) for one, other in pairs}
+    assert all(len(draw) == 3 for draw in draws) and min(found.values()) > 3
 
 
 def test_a_model_recommends_by_the_first_task_it_was_trained_on_that_does():
@@ -182,7 +258,8 @@ def test_a_model_recommends_by_the_first_task_it_was_trained_on_that_does():
     assert alone == {"next", "next_brief", "retrieve"}
     assert filled_in("tiny").recommends == "next_brief"
     assert filled_in("Qwen/Qwen2.5-1.5B").recommends == "next"
-    for tasks, expected in (("title2sid,retrieve,next", "retrieve"), ("next_title,titles2sid", "next")):
+    for tasks, expected in (("title2sid,retrieve,next", "retrieve"), ("next_title,search", "next"),
+                            ("similar,sequence", "next_brief"), ("sequence,next", "next")):
         assert filled_in("tiny", "--tasks", tasks).recommends == expected
     text = {name for name, task in stage.TASKS.items() if task.is_text}
     assert text == {"sid2title", "next_title", "next_description", "token2text", "name_item", "describe_item",
@@ -224,8 +301,9 @@ def test_a_long_text_is_cut_without_eos_and_a_sid_never_is():
 def test_examples_without_text_are_left_out_and_braces_are_text():
     blank, braces = {"title": " ", "description": ""}, {"title": "{sid} {x} 5%"}
     items = [DATA["items"][0] | blank, DATA["items"][1] | braces]
-    data = {**DATA, "items": items}
+    data = {**DATA, "items": items, "users": [*DATA["users"], {"user_id": "v", "items": [1]}]}
     assert [name for name in TABLE if not texts_of(name, data)] == ["next_title", "next_description"]
+    assert len(texts_of("sequence", data)) == 1                         # one item has no transition
     for name, task in stage.TASKS.items():
         if task.source == "items":
             assert [pair.row for pair in stage.make_pairs(name, data)] == items[1:]
@@ -279,7 +357,7 @@ def test_evaluation_reads_the_prompts_of_training_id_for_id(run, monkeypatch):
 # ---- Data: users' sequences, what is held out, lengths -------------------------------------------
 
 @pytest.mark.parametrize("length, max_history", [(30, 10), (130, 10), (130, 1), (130, 60)])
-def test_no_transition_of_a_user_is_left_out_and_none_is_invented(length, max_history):
+def test_every_transition_of_a_user_is_there_once_and_none_is_invented(length, max_history):
     items = {"u": list(range(length)), "v": list(range(length))[::-1]}
     users = [{"user_id": u, "items": items[u], "timestamps": list(range(length))} for u in items]
     for split in ("leave-one-out", "chronological"):
@@ -290,17 +368,61 @@ def test_no_transition_of_a_user_is_left_out_and_none_is_invented(length, max_hi
         rows = stage.user_sequences(samples)
         for u in users:
             own, whole = [row["items"] for row in rows if row["user_id"] == u["user_id"]], u["items"]
-            found = {pair for piece in own for pair in zip(piece, piece[1:])}
+            found = [pair for piece in own for pair in zip(piece, piece[1:])]
             end = last[u["user_id"]] + 1                                # its last training target
-            assert found == set(zip(whole[:end], whole[1:end]))
+            assert found == list(zip(whole[:end], whole[1:end]))
             assert max(map(len, own)) <= stage.MAX_SEQUENCE and (length > 50 or own == [whole[:end]])
 
 
 def test_the_toy_users_are_whole(finished_run):
     items = tokenize_items.read_catalogue(finished_run / "items.jsonl")
-    data = stage.read_data(finished_run, items, {"basket": 1.0})
+    data = stage.read_data(finished_run, items, {"sequence": 1.0})
     expected = [{"user_id": user["user_id"], "items": user["items"][:-2]} for user in toy_interactions()]
     assert data["users"] == expected                                    # the last two: validation and test
+
+
+@pytest.fixture(scope="module")
+def toy(finished_run) -> SimpleNamespace:
+    """The run's data, tokenizer and untrained model, and the leaf of every SID."""
+    items = tokenize_items.read_catalogue(finished_run / "items.jsonl")
+    model, tokenizer, _ = load_model(finished_run / "init.pt", CPU, items)
+    codes, sid_ids, leaf_of = sids_of(items, tokenizer)
+    return SimpleNamespace(items=items, model=model, tokenizer=tokenizer, leaf_of=leaf_of, codes=codes,
+                           sid_ids=sid_ids, data=stage.read_data(finished_run, items, {"sequence": 1.0}))
+
+
+@pytest.mark.parametrize("max_history", [10, 2])
+def test_a_users_sequence_holds_the_prompts_of_evaluation_id_for_id(toy, max_history):
+    samples = [{**sample, "history": sample["history"][-max_history:]} for sample in toy.data["samples"]]
+    cut = any(len(sample["history"]) < len(whole["history"])
+              for sample, whole in zip(samples, toy.data["samples"]))
+    assert cut == (max_history == 2)
+    sequences = stage.make_examples(toy.tokenizer, "sequence", toy.data, 0)
+    singles = iter(stage.make_examples(toy.tokenizer, "next_brief", {**toy.data, "samples": samples}, 0))
+    rows = iter(samples)
+    for user, whole in zip(toy.data["users"], sequences, strict=True):
+        words = whole.start - 3                                         # "The user bought", then the SIDs
+        assert len(whole.ids) == words + 3 * len(user["items"])
+        for place in range(1, len(user["items"])):
+            single, row = next(singles), next(rows)
+            assert (row["user_id"], row["target"]) == (user["user_id"], user["items"][place])
+            end = words + 3 * place                                     # of the history
+            assert single.start == words + 3 * min(place, max_history)
+            assert single.ids == whole.ids[:words] + whole.ids[end - single.start + words:end + 3]
+    assert next(singles, None) is None and next(rows, None) is None
+
+
+@pytest.mark.parametrize("loss", ["vocab", "trie"])
+def test_a_users_sequence_has_the_losses_of_its_samples(toy, loss):
+    """Where no history is cut, a transition costs the same in the sequence and on its own."""
+    leaf_of, found = toy.leaf_of if loss == "trie" else {}, []
+    for name in ("sequence", "next_brief"):
+        batch = stage.collate(stage.make_examples(toy.tokenizer, name, toy.data, 0, "", leaf_of), CPU)
+        assert len(batch.labels) == 0 or loss == "vocab"
+        with torch.no_grad():
+            found.append(loss_of(toy.model, toy.codes, toy.sid_ids)(batch))
+    assert len(found[0]) == 3 * len(toy.data["samples"])
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
 def test_samples_that_do_not_continue_start_a_new_sequence():
@@ -311,16 +433,17 @@ def test_samples_that_do_not_continue_start_a_new_sequence():
 
 def test_align_holds_out_every_20th_example_of_each_task(finished_run, tmp_path, monkeypatch):
     trained, validated, batches_of = [], [], stage.epoch_batches
-    monkeypatch.setattr(stage, "epoch_batches", lambda rows, *_: trained.extend(rows) or batches_of(rows, *_))
+    monkeypatch.setattr(stage, "epoch_batches", lambda rows, *_: trained.append(rows) or batches_of(rows, *_))
     monkeypatch.setattr(stage, "validation_loss", lambda loss_of, rows, *_: validated.extend(rows) or 1.0)
     call(stage, "--run", finished_run, "--stage", "align", "--tasks", "title2sid,name_item", "--epochs", 1,
          "--batch-size", 1000, "--out", tmp_path / "align.pt")
     items = tokenize_items.read_catalogue(finished_run / "items.jsonl")
     _, tokenizer, _ = load_model(finished_run / "init.pt", CPU, items)
-    for name in ("title2sid", "name_item"):
-        rows = stage.make_examples(tokenizer, name, {"items": items}, 128)
-        assert [e for e in validated if e.task == name] == rows[::20]
-        assert [e for e in trained if e.task == name] == [e for n, e in enumerate(rows) if n % 20]
+    examples = {name: stage.make_examples(tokenizer, name, {"items": items}, 128)
+                for name in ("title2sid", "name_item")}
+    assert validated == [e for rows in examples.values() for e in rows[::20]]
+    rest = {name: [e for n, e in enumerate(rows) if n % 20] for name, rows in examples.items()}
+    assert trained == [stage.weigh(rest, dict.fromkeys(rest, 1.0))[0]]
 
 
 def test_lengths_are_checked_against_positions_and_the_window_in_search_alone(capsys):
@@ -348,7 +471,7 @@ def test_response_loss_equals_the_naive_loss(kind, tied):
     window = {"sliding_window": 8} if kind == "mistral" else {}
     model, examples = random_model(kind, tied, **window), ragged()
     batch = stage.collate(examples, CPU)
-    losses = stage.ResponseLoss(model)(batch.ids, batch.labels)
+    losses = loss_of(model)(batch)
     losses.mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -365,11 +488,42 @@ def test_response_loss_equals_the_naive_loss(kind, tied):
         assert float(loss) == pytest.approx(float(losses.mean()), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind, tied, num_levels, bits", [
+    ("qwen2", True, 3, 32), ("llama", False, 2, 32), ("gpt2", True, 4, 64)])
+def test_trie_loss_equals_a_dictionary_of_prefixes(kind, tied, num_levels, bits, monkeypatch):
+    model, (codes, sid_ids) = random_model(kind, tied), random_catalogue(num_levels, 40)
+    examples, close = sids_and_texts(8, codes, sid_ids), {"atol": 1e-5, "rtol": 1e-5}
+    if bits == 64:
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        model, close = model.double(), {"atol": 1e-12, "rtol": 1e-10}
+    batch = stage.collate(examples, CPU)
+    losses = loss_of(model, codes, sid_ids)(batch)
+    (losses * batch.weights).mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = slow_losses(model, examples, codes, sid_ids)
+    weights = [e.weight for e in texts_first(examples) for _ in e.ids[e.start:]]
+    (expected * torch.tensor(weights)).mean().backward()
+    assert len(set(map(len, children_of(codes).values()))) > 3          # from single children to many
+    torch.testing.assert_close(losses, expected, **close)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, **close)
+
+
+def test_an_example_costs_the_same_in_any_batch():
+    model = loss_of(random_model())
+    examples = [*sids_and_texts(), stage.Example("next", [1] * 200, 199)]       # pads all others
+    alone = [model(stage.collate([e], CPU)) for e in examples]
+    for batch in (examples[:-1], examples, examples[::-1], examples[3:-1:2]):
+        expected = torch.cat([alone[examples.index(e)] for e in texts_first(batch)])
+        torch.testing.assert_close(model(stage.collate(batch, CPU)), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_gradient_equals_finite_differences(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)     # the loss, too, in float64
-    model, batch = random_model("gpt2").double(), stage.collate(ragged(4), CPU)
-    loss_of = stage.ResponseLoss(model)
-    loss_of(batch.ids, batch.labels).mean().backward()
+    model, batch = random_model("gpt2").double(), stage.collate(sids_and_texts(2), CPU)
+    loss = loss_of(model)
+    loss(batch).mean().backward()
     with torch.no_grad():
         for p in random.Random(0).sample(list(model.parameters()), 6):
             weight, gradient = p.view(-1), p.grad.view(-1)
@@ -377,36 +531,38 @@ def test_gradient_equals_finite_differences(monkeypatch):
             values = []
             for shift in (1e-5, -2e-5):
                 weight[i] += shift
-                values.append(float(loss_of(batch.ids, batch.labels).mean()))
+                values.append(float(loss(batch).mean()))
             weight[i] += 1e-5
             assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient[i]), rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("micro_tokens, max_norm", [(10 ** 9, 1e9), (400, 1e9), (10 ** 9, 0.01)])
-def test_an_update_by_hand(micro_tokens, max_norm, finished_run, tmp_path, monkeypatch):
-    """The loss is sum(w * nll) / sum(w) over a batch's supervised tokens, whatever its micro-batches.
+@pytest.mark.parametrize("loss, micro_tokens, max_norm", [
+    ("vocab", 10 ** 9, 1e9), ("vocab", 400, 1e9), ("trie", 400, 1e9), ("trie", 10 ** 9, 0.01)])
+def test_an_update_by_hand(loss, micro_tokens, max_norm, finished_run, tmp_path, monkeypatch):
+    """The loss is the mean of the tasks' mean losses, weighed by their shares, whatever the micro-batches.
 
     SGD shows the size of the gradient, which the first step of Adam does not.
     """
-    tasks = {"title2sid": 1.0, "sid2title": 0.25, "text2token": 3.0}
+    shares = {"title2sid": 1.0, "sid2title": 1.0, "text2token": 0.5}    # an epoch has all of their examples
     items = tokenize_items.read_catalogue(finished_run / "items.jsonl")
     model, tokenizer, _ = load_model(finished_run / "init.pt", CPU, items)
-    data, total, count, means = stage.read_data(finished_run, items, tasks), 0, 0, {}
-    for name, weight in tasks.items():
-        losses = naive_losses(model, stage.make_examples(tokenizer, name, data, 128))
+    data, total, means = stage.read_data(finished_run, items, shares), 0, {}
+    codes, sid_ids, leaf_of = sids_of(items, tokenizer)
+    for name, share in shares.items():
+        examples = stage.make_examples(tokenizer, name, data, 128, "", leaf_of if loss == "trie" else {})
+        losses = slow_losses(model, examples, codes, sid_ids)
         means[f"loss/{name}"] = pytest.approx(losses.mean().item(), abs=1e-5)
-        total += weight * losses.sum()
-        count += weight * len(losses)
-    (total / count).backward()
+        total += share / sum(shares.values()) * losses.mean()
+    total.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
 
     monkeypatch.setattr(stage, "make_optimizer", lambda model, *_: torch.optim.SGD(model.parameters()))
     monkeypatch.setattr(stage, "MAX_GRAD_NORM", max_norm)
-    call(stage, "--run", finished_run, "--tasks", "title2sid,sid2title:0.25,text2token:3", "--epochs", 1,
+    call(stage, "--run", finished_run, "--tasks", "title2sid,sid2title,text2token:0.5", "--epochs", 1,
          "--batch-size", 1000, "--lr", 0.5, "--dropout", 0, "--precision", "float32", "--log-every", 1,
-         "--micro-tokens", micro_tokens, "--out", tmp_path / "out.pt")
+         "--loss", loss, "--micro-tokens", micro_tokens, "--out", tmp_path / "out.pt")
     row, = log_of(tmp_path / "out.pt")
-    assert row["loss"] == pytest.approx((total / count).item(), abs=1e-5) and row["lr"] == 0.5
+    assert row["loss"] == pytest.approx(total.item(), abs=1e-5) and row["lr"] == 0.5
     assert {name: value for name, value in row.items() if name.startswith("loss/")} == means
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.1
     after = checkpoint(tmp_path / "out.pt")["weights"]
@@ -417,28 +573,41 @@ def test_an_update_by_hand(micro_tokens, max_norm, finished_run, tmp_path, monke
 
 def test_task_losses_by_hand():
     nll, counts = torch.zeros(len(stage.TASKS)), torch.zeros(len(stage.TASKS))
-    for name, value, count in (("next", 6.0, 3.0), ("search", 10.0, 2.0)):
+    for name, value, count in (("next", 6.0, 3.0), ("search", 10.0, 2.0)):      # both weighed already
         nll[stage.TASK_NAMES.index(name)] = value
         counts[stage.TASK_NAMES.index(name)] = count
     before = nll.clone()
-    assert stage.task_losses(nll, counts, {"next": 1.0, "search": 0.5}) == {
-        "loss": (6 + 0.5 * 10) / (3 + 0.5 * 2), "loss/next": 2.0, "loss/search": 5.0}
+    assert stage.task_losses(nll, counts) == {
+        "loss": (6 + 10) / (3 + 2), "loss/next": 2.0, "loss/search": 5.0}
     assert torch.equal(nll, before)
 
 
-def test_validation_loss_is_the_mean_over_tokens(monkeypatch):
-    model, examples = random_model(), ragged(12)
-    expected = naive_losses(model, examples).mean().item()
+def test_shares_of_the_loss_by_hand():
+    lengths = {"next": (3, 3, 3, 3), "sid2title": (1, 7, 4, 4, 4, 4), "text2token": (4,)}
+    examples = {name: [stage.Example(name, [1] * (2 + n), 2) for n in of_task]
+                for name, of_task in lengths.items()}
+    weighed, sizes = stage.weigh(examples, {"next": 1.0, "sid2title": 0.5, "text2token": 0.5, "search": 9.0})
+    assert sizes == {"next": 4, "sid2title": 2, "text2token": 1}        # with half the share half as many
+    # 12 + 2 x 4 + 4 = 24 tokens an epoch; next is to count for 12 of them, the others for 6 each
+    for name, weight in (("next", 12 / 12), ("sid2title", 6 / 8), ("text2token", 6 / 4)):
+        assert weighed[name] == [e._replace(weight=weight) for e in examples[name]]
+    assert weighed.keys() == examples.keys()
+
+
+def test_validation_loss_is_the_mean_over_weighted_tokens(monkeypatch):
+    model, examples = random_model(), sids_and_texts()
+    loss, weights = loss_of(model), [e.weight for e in texts_first(examples) for _ in e.ids[e.start:]]
+    weights = torch.tensor(weights)
+    expected = ((slow_losses(model, examples) * weights).sum() / weights.sum()).item()
     for micro_tokens in (10 ** 9, 40):
-        loss_of = stage.ResponseLoss(model)
-        value = stage.validation_loss(loss_of, examples, micro_tokens, "float32", 0, 1)
+        value = stage.validation_loss(loss, examples, micro_tokens, "float32", 0, 1)
         assert value == pytest.approx(expected, abs=1e-5)
-    assert loss_of.training and model.training and all(p.grad is None for p in model.parameters())
+    assert loss.training and model.training and all(p.grad is None for p in model.parameters())
 
     sums = []                                                           # of more processes than examples
     monkeypatch.setattr(stage, "sum_over_processes", lambda value: sums.append(value.item()) or value)
     for rank in range(20):
-        stage.validation_loss(loss_of, examples, 40, "float32", rank, 20)
+        stage.validation_loss(loss, examples, 40, "float32", rank, 20)
     assert sum(sums[::2]) / sum(sums[1::2]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -451,10 +620,10 @@ def test_weight_decay_is_for_matrices_only():
 
 
 def test_gradient_checkpointing_changes_memory_alone():
-    plain, model, batch = random_model(), random_model(), stage.collate(ragged(), CPU)
+    plain, model, batch = random_model(), random_model(), stage.collate(sids_and_texts(), CPU)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for m in (plain, model.train()):
-        stage.ResponseLoss(m)(batch.ids, batch.labels).mean().backward()
+        loss_of(m)(batch).mean().backward()
     for p, q in zip(plain.parameters(), model.parameters()):
         assert torch.equal(p.grad, q.grad)
 
@@ -503,14 +672,21 @@ def test_processes_share_a_batch(world):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
-def test_epoch_batches_cover_all_by_seed(batch_size):
-    examples = ragged(150)
-    batches = stage.epoch_batches(examples, batch_size, "42 0")
-    assert sorted(e for batch in batches for e in batch) == sorted(examples)
-    assert len(batches) == math.ceil(150 / batch_size) and max(map(len, batches)) <= batch_size
-    assert batches == stage.epoch_batches(examples, batch_size, "42 0")
-    if batch_size < 1000:
-        assert batches != stage.epoch_batches(examples, batch_size, "42 1")
+def test_an_epoch_has_so_many_examples_of_each_task_by_seed(batch_size):
+    examples = {"next": ragged(100), "sid2title": [e._replace(task="sid2title") for e in ragged(50, 1)]}
+
+    def epoch(seed: str) -> list[list[stage.Example]]:
+        return stage.epoch_batches(examples, {"next": 100, "sid2title": 20}, batch_size, seed)
+    batches = epoch("42 0")
+    order = [e for batch in batches for e in batch]
+    all_of, some_of = ([e for e in order if e.task == name] for name in examples)
+    assert sorted(all_of) == sorted(examples["next"]) and all_of != examples["next"]
+    places = [examples["sid2title"].index(e) for e in some_of]
+    assert len(set(places)) == len(places) == 20 and order[:100] != all_of      # no example twice; mixed
+    other = [e for batch in epoch("42 1") for e in batch if e.task == "sid2title"]
+    assert sorted(other) != sorted(some_of)                             # others in another epoch
+    assert len(batches) == math.ceil(120 / batch_size) and max(map(len, batches)) <= batch_size
+    assert batches == epoch("42 0") != epoch("42 1")
 
 
 def test_learning_rate_warms_up_peaks_and_ends_at_nothing():
@@ -565,6 +741,13 @@ def test_stops_after_patience_and_keeps_the_best(monkeypatch, run):
     assert [row["valid_loss"] for row in found.log] == losses[:8] and found.code == 0
 
 
+def test_without_patience_it_trains_to_the_end_and_keeps_the_last_weights(monkeypatch, run):
+    losses = [3, 4, 2, 5, 6, 7, 8, 9]
+    for flags in (("--patience", 0), ()):                               # the tiny backbone's preset
+        found = scripted(monkeypatch, run, losses, "--epochs", 8, *flags)
+        assert found.best == list(zip(range(4, 33, 4), losses)) and found.steps == 32 and found.code == 0
+
+
 def test_validates_and_logs_as_often_as_told_and_after_the_last_update(monkeypatch, run):
     found = scripted(monkeypatch, run, [3, 2, 1, 0, -1], "--epochs", 2, "--evals-per-epoch", 2,
                      "--batch-size", 5, "--log-every", 4, "--lr", 1e-2, "--warmup", 100, "--save-every", 3)
@@ -600,11 +783,12 @@ def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, run, capsys):
 QUICK = ("--epochs", 1, "--batch-size", 16, "--log-every", 1, "--precision", "float32")
 
 
-def test_learns_by_heart(finished_run, tmp_path):
+@pytest.mark.parametrize("loss, end, beginning", [("vocab", 1.5, 3), ("trie", 0.5, 1.3)])
+def test_learns_by_heart(loss, end, beginning, finished_run, tmp_path):
     call(stage, "--run", finished_run, "--tasks", "title2sid", "--epochs", 40, "--batch-size", 20,
-         "--lr", 1e-2, "--dropout", 0, "--log-every", 5, "--patience", 99, "--out", tmp_path / "out.pt")
+         "--lr", 1e-2, "--dropout", 0, "--log-every", 5, "--loss", loss, "--out", tmp_path / "out.pt")
     losses = [row["loss"] for row in log_of(tmp_path / "out.pt") if "loss" in row]
-    assert losses[-1] < 1.5 < 3 < losses[0]
+    assert losses[-1] < end < beginning < losses[0]
 
 
 def test_same_seed_same_weights_bit_for_bit(run, capsys):
@@ -617,7 +801,8 @@ def test_same_seed_same_weights_bit_for_bit(run, capsys):
     assert one["sid"] == start["sid"] and one["tokenizer"] == start["tokenizer"]
     assert all(not torch.equal(weight, start["weights"][name]) for name, weight in one["weights"].items())
 
-    preset = {key: stage.PRESETS["tiny"][key] for key in ("lr", "dropout", "warmup", "weight_decay", "beta2")}
+    names = ("loss", "lr", "dropout", "warmup", "weight_decay", "beta2", "patience")
+    preset = {name: stage.PRESETS["tiny"][name] for name in names}
     given = {"tasks": {"next": 1.0}, "epochs": 1, "batch_size": 16, "seed": 1, "backbone": "tiny"}
     assert {**preset, **given}.items() <= one["args"].items() and one["stage"] == "sft"
     rows = log_of(run / "one.pt")
@@ -630,16 +815,18 @@ def test_same_seed_same_weights_bit_for_bit(run, capsys):
     items = tokenize_items.read_catalogue(run / "items.jsonl")
     model, tokenizer, _ = load_model(run / "one.pt", CPU, items)        # the figure is the saved weights' own
     samples = tokenize_items.read_samples(run / "valid.jsonl", {item["item_id"] for item in items})
-    valid = stage.make_examples(tokenizer, "next", {"items": items, "samples": samples}, 99)
+    codes, sid_ids, leaf_of = sids_of(items, tokenizer)
+    valid = stage.make_examples(tokenizer, "next", {"items": items, "samples": samples}, 99, "", leaf_of)
     with torch.no_grad():
-        assert float(naive_losses(model, valid).mean()) == pytest.approx(rows[-1]["valid_loss"], rel=1e-4)
+        loss = slow_losses(model, valid, codes, sid_ids).mean().item()
+    assert loss == pytest.approx(rows[-1]["valid_loss"], rel=1e-4)
 
 
 def test_sft_of_the_pipeline(finished_run):
-    sft, tasks = checkpoint(finished_run / "sft.pt"), stage.parse_tasks(stage.PRESETS["tiny"]["tasks"])
+    sft, tasks = checkpoint(finished_run / "sft.pt"), parse_tasks(stage.PRESETS["tiny"]["tasks"])
     assert sft["stage"] == "sft" and sft["args"]["tasks"] == tasks
     losses = [row["valid_loss"] for row in log_of(finished_run / "sft.pt") if "valid_loss" in row]
-    assert min(losses) == sft["metrics"]["valid_loss"] and len(losses) == 2
+    assert losses[-1] == sft["metrics"]["valid_loss"] and len(losses) == 2      # without patience: the last
     assert not list(finished_run.glob("*_resume.pt"))
 
 
@@ -702,9 +889,11 @@ def test_presets_set_what_the_flags_leave_open():
             if name == "align":
                 preset |= stage.PRESETS["align"]
             assert open_flags <= preset.keys() and args.backbone == backbone
-            assert {**preset, "tasks": stage.parse_tasks(preset["tasks"])}.items() <= vars(args).items()
+            assert {**preset, "tasks": parse_tasks(preset["tasks"])}.items() <= vars(args).items()
             assert set(args.tasks) <= set(stage.TASKS)
     assert (args.epochs, args.lr, args.batch_size, args.weight_decay) == (10, 1e-3, 16, 0)       # STAR, A.4
+    losses = {name: preset["loss"] for name, preset in stage.PRESETS.items()}
+    assert losses == {"hf": "vocab", "tiny": "trie", "align": "vocab"}  # the papers' is over the vocabulary
     assert args.tasks == dict.fromkeys(stage.STAR_ALIGN.split(","), 1.0)
     args = filled_in("tiny", "--lr", "7", "--tasks", "next,sid2title:0.25")
     assert args.tasks == {"next": 1.0, "sid2title": 0.25} and args.lr == 7 and args.weight_decay > 0
@@ -713,9 +902,10 @@ def test_presets_set_what_the_flags_leave_open():
 
 @pytest.mark.parametrize("flags", [
     "--no-such-flag", "--precision half", "--epochs 0", "--epochs 1.5", "--batch-size 0", "--stage both",
-    "--evals-per-epoch 0", "--log-every 0", "--patience 0", "--micro-tokens 0", "--save-every 0", "--lora -1",
-    "--dropout 1", "--lr -1", "--lr nan", "--warmup -3", "--tasks nxt", "--tasks next:0", "--tasks next:-1",
-    "--tasks next:x", "--tasks next:inf", "--stage align --lora 2", "--seed -1", f"--seed {2 ** 70}"])
+    "--loss sids", "--evals-per-epoch 0", "--log-every 0", "--patience -1", "--micro-tokens 0",
+    "--save-every 0", "--lora -1", "--dropout 1", "--lr -1", "--lr nan", "--warmup -3", "--tasks nxt",
+    "--tasks next:0", "--tasks next:-1", "--tasks next:x", "--tasks next:inf", "--stage align --lora 2",
+    "--seed -1", f"--seed {2 ** 70}"])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags.split())

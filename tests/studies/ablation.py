@@ -11,6 +11,8 @@
   cold           new items, from tokenize_items.py --add, that no training interaction contains
   teachers       the authors' LLM against TF-IDF, if --data has the authors' official_semantics.jsonl
 
+Models are compared as in the papers, without evaluate.py's memory.
+
 Writes  OUT/seed-N, a folder for each seed with runs, figures, and every command and its output in log/;
         OUT/tables.md
 The script can be stopped and run again: a step is skipped if its command and its inputs have not changed, and
@@ -42,8 +44,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "studies")]
-from evaluate import CUTOFFS, build_trie, rank_metrics, rank_of, read_pairs, search_all  # noqa: E402
-from init_embeddings import load_model, mean_cosine, sid_token_ids  # noqa: E402
+from evaluate import CUTOFFS, rank_metrics, rank_of, read_pairs, search_all  # noqa: E402
+from init_embeddings import build_trie, load_model, mean_cosine, sid_token_ids  # noqa: E402
 from plot import effective_rank  # noqa: E402
 from tokenize_items import (atomic_write, codes_of, make_parser, number, read_catalogue,  # noqa: E402
                             read_jsonl, set_up, write_jsonl)
@@ -124,7 +126,7 @@ def task_list(backbone: str, ts_align: bool = True, search: bool = False) -> str
 
 def evaluation(run: Path, checkpoint: str, name: str, flags: str, data: Path | None = None) -> Step:
     """Evaluate RUN/checkpoint.pt on the samples of `data` or RUN; the figures go to RUN/name.jsonl."""
-    return Step(f"evaluate.py --run {data or run} --checkpoint {run}/{checkpoint}.pt "
+    return Step(f"evaluate.py --run {data or run} --checkpoint {run}/{checkpoint}.pt --memory 0 "
                 f"--metrics {run}/{name}.jsonl --predictions {run}/predictions_{name}.jsonl {flags}",
                 (checkpoint,))
 
@@ -218,7 +220,7 @@ def cold_steps(run: Path, seed: int, backbone: str, extra: dict, device: str) ->
         out = run / f"{split}_scored.jsonl"
         steps[f"{split}_average"] = Step(
             f"evaluate.py --run {grown} --checkpoint {checkpoint} --metrics {run}/{split}_average.jsonl "
-            f"--split {split} --num-beams {COLD_BEAMS}", ("cold_add", "cold_sft"))
+            f"--split {split} --memory 0 --num-beams {COLD_BEAMS}", ("cold_add", "cold_sft"))
         steps[f"{split}_scored"] = Step(partial(evaluate_as_scored, grown, checkpoint, split, out, device),
                                         ("cold_add", "cold_sft"))
     return steps
@@ -242,8 +244,8 @@ def teacher_steps(run: Path, seed: int, data: str, backbone: str, extra: dict) -
                                     (f"init_{name}",))
         for split in ("valid", "test"):
             metrics = f"{run}/{split}_{name}.jsonl"
-            steps[f"{split}_{name}"] = Step(f"evaluate.py --run {part} --split {split} --metrics {metrics}",
-                                            (f"sft_{name}",))
+            steps[f"{split}_{name}"] = Step(
+                f"evaluate.py --run {part} --split {split} --memory 0 --metrics {metrics}", (f"sft_{name}",))
     return steps
 
 

@@ -2,7 +2,8 @@
 
 Each method runs once to warm up, which also measures its peak memory beyond what was held before. Then the
 methods run in turn, so that a busy machine slows all of them. Times are medians, ratios are to ours. On a CPU
-all methods must find the same items with the same scores to 1e-4 (sft: the same loss), or the script stops.
+all methods must find the same items with the same scores to 1e-4 (sft: the same loss, --loss vocab), or the
+script stops.
 
 Prints  the table; with --out FILE, writes its rows as JSON, one object per line
 
@@ -31,13 +32,14 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from evaluate import Trie, beam_search, build_trie, expand, read_pairs  # noqa: E402
-from init_embeddings import autocast, load_model, sid_token_ids  # noqa: E402
-from rl import Catalogue, tree_log_probs, trie_paths  # noqa: E402
+from evaluate import beam_search, read_pairs  # noqa: E402
+from init_embeddings import (Trie, autocast, build_trie, expand, load_model, make_optimizer,  # noqa: E402
+                             sid_token_ids, trie_paths)
+from rl import Catalogue, tree_log_probs  # noqa: E402
 from tokenize_items import (assign, codes_of, kmeans, length_batches, make_parser, number,  # noqa: E402
                             read_catalogue, seed_centroids, set_up, write_jsonl)
 from train import (MAX_GRAD_NORM, PRESETS, TASK_NAMES, Example, ResponseLoss, collate,  # noqa: E402
-                   make_optimizer, micro_batches, prompt_ids)
+                   micro_batches, prompt_ids)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, G rollouts, L levels, K codes per level, N items,
 # V vocabulary rows, D width.
@@ -483,22 +485,28 @@ def make_trainer(model, examples: list[Example], precision: str, folder: str):
     return Trainer(model, settings, train_dataset=dataset, data_collator=DataCollatorForSeq2Seq(tokenizer))
 
 
+def vocabulary_loss(model) -> ResponseLoss:
+    """The loss of train.py over the whole vocabulary, as --loss vocab: its trie is not used."""
+    sid_ids = last_rows(len(model.get_output_embeddings().weight), model.device)
+    one_item = torch.zeros(1, LEVELS, dtype=torch.long)
+    return ResponseLoss(model, build_trie(one_item, CODES, model.device), sid_ids)
+
+
 def train_update(model, examples: list[Example], precision: str, beta2: float, weight_decay: float,
                  micro_tokens: int) -> None:
     """One update as in the loop of train.py, with a new optimizer."""
-    device, loss_of = model.device, ResponseLoss(model).train()
+    device, loss_of = model.device, vocabulary_loss(model).train()
     optimizer = make_optimizer(model, 1e-6, beta2, weight_decay)
     nll, counts = torch.zeros(len(TASK_NAMES), device=device), torch.zeros(len(TASK_NAMES), device=device)
     optimizer.zero_grad(set_to_none=True)
     supervised = sum(e.weight * (len(e.ids) - e.start) for e in examples)
     for piece in micro_batches(examples, micro_tokens, rank=0, world=1):
-        ids, labels, weights, tasks = collate(piece, device)
+        inputs = collate(piece, device)
         with autocast(device, precision):
-            token_losses = loss_of(ids, labels)
-        loss = (token_losses * weights).sum() / supervised
-        loss.backward()
-        nll.index_add_(0, tasks, token_losses.detach() * (weights > 0))
-        counts.index_add_(0, tasks, (weights > 0).float())
+            losses = loss_of(inputs) * inputs.weights
+        (losses.sum() / supervised).backward()
+        nll.index_add_(0, inputs.tasks, losses.detach())
+        counts.index_add_(0, inputs.tasks, inputs.weights)
     torch.nn.utils.clip_grad_norm_(loss_of.parameters(), MAX_GRAD_NORM)
     optimizer.step()
 
@@ -522,8 +530,7 @@ def bench_sft(bench: Bench, sizes: Sizes, precision: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, examples, precision, folder)
         with torch.no_grad():                                   # the same loss, hence the same work
-            batch = collate(examples[:4], bench.device)
-            ours = ResponseLoss(model)(batch.ids, batch.labels).mean().item()
+            ours = vocabulary_loss(model)(collate(examples[:4], bench.device)).mean().item()
             inputs = trainer.data_collator(trainer.train_dataset[:4])
             inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
             theirs = trainer.compute_loss(model, inputs).item()

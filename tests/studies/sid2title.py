@@ -116,7 +116,7 @@ def main() -> None:
     start = time.time()
     texts = decode_all(model, tokenizer, prompts, args.num_beams, longest, args.batch_tokens)
     for pair, found in list(zip(pairs, texts))[:args.show]:
-        print(f"{pair.instruction}\n   wanted  {pair.response}\n   decoded {found[0]}")
+        print(f"{pair.instruction.strip()}\n   wanted  {pair.response}\n   decoded {found[0]}")
     row = {"method": path.name, "task": args.task, "split": "test", "level": "text", "n": len(pairs),
            "num_beams": args.num_beams, "seconds": round(time.time() - start, 2),
            **text_metrics(responses, texts)}
