@@ -30,7 +30,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -170,10 +169,9 @@ def build_tiny(texts: list[str], width: int, layers: int, vocab_size: int, steps
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     tokens = torch.tensor([token for text in ids for token in [*text, eos]])
-    start = time.time()
     loss = pretrain(model, tokens, steps, seed)
     print(f"tiny backbone | {count_parameters(model):.2f} M parameters | {len(tokenizer)} pieces | "
-          f"{len(tokens)} text tokens | {steps} steps, loss {loss:.3f}, {time.time() - start:.0f} s")
+          f"{steps} steps of {PRETRAIN_BATCH * PRETRAIN_WINDOW} tokens, loss {loss:.3f}")
     return model, tokenizer
 
 def load_backbone(name: str, device: torch.device):

@@ -25,7 +25,6 @@ Differs from the papers
 Examples
   python train.py --stage align                            # STAR, then: --from runs/demo/align.pt
   python train.py --tasks next,title2sid,sid2title         # LC-Rec style: no TS-Align
-  torchrun --nproc-per-node 8 -- train.py --run runs/qwen  # Qwen2.5-1.5B: the paper's settings
 """
 import argparse
 import math
@@ -55,8 +54,7 @@ from tokenize_items import (codes_of, length_batches, make_parser, number, read_
 DESCRIPTION_WORDS = 100                 # of a description in a prompt
 MAX_SEQUENCE = 50                       # items in one example of `sequence`
 NEIGHBOURS = 5                          # examples of `similar` for each item
-HELD_OUT_EVERY = 20                     # --stage align validates on every 20th example of a task
-MAX_GRAD_NORM = 1.0
+HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0 # --stage align validates on every 20th example of a task
 
 class Task(NamedTuple):
     """One task: which data it reads, its templates, its response."""
@@ -115,7 +113,6 @@ TASKS = {
         "Based on the user's current query {query}, please generate an item that matches the user's "
         "intent."), "{sid}"),
 }
-TASK_NAMES = list(TASKS)
 TS_REC = "next,title2sid:0.1,sid2title:0.1,next_title:0.1,next_description:0.1,text2token:0.1,token2text:0.1"
 STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
 
@@ -221,7 +218,7 @@ class Batch(NamedTuple):
     sid_places: Tensor                  # (R,) the positions that predict the first token of each SID
     leaves: Tensor                      # (R,) these SIDs, leaves of the trie
     weights: Tensor                     # (S + R * L,) of each token's loss
-    tasks: Tensor                       # (S + R * L,) places in TASK_NAMES
+    tasks: Tensor                       # (S + R * L,) places in TASKS
 
 def collate(examples: list[Example], device: torch.device) -> Batch:
     """Pad on the right, to a multiple of 8: fewer shapes. Position t predicts token t + 1."""
@@ -241,7 +238,7 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
             labels += e.ids[e.start:]
             of_token += [row] * len(supervised)
     weights = torch.tensor([e.weight for e in examples])[of_token + of_sid]
-    tasks = torch.tensor([TASK_NAMES.index(e.task) for e in examples])[of_token + of_sid]
+    tasks = torch.tensor([list(TASKS).index(e.task) for e in examples])[of_token + of_sid]
     parts = (torch.tensor(part, dtype=torch.long) for part in (places, labels, sid_places, leaves))
     return Batch(*(tensor.to(device) for tensor in (ids, *parts, weights, tasks)))
 
@@ -430,7 +427,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--save-every", type=number(int, 1), default=500, help="updates between saves for --resume")
     flag("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
     args = parser.parse_args(argv)
-    if args.lora and args.stage == "align" or args.fsdp and (args.lora or args.stage == "align"):
+    if bool(args.lora) + args.fsdp + (args.stage == "align") > 1:
         parser.error("--stage align, --lora and --fsdp exclude each other")
     if args.fsdp and "RANK" not in os.environ:
         parser.error("--fsdp needs torchrun --nproc-per-node N -- train.py --fsdp")
@@ -465,9 +462,9 @@ def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict, le
     else:
         samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in data["items"]})
         valid = make_examples(tokenizer, args.recommends, {**data, "samples": samples}, 0, "", leaf_of)
-    for name in [name for name, rows in examples.items() if not rows]:
+    for name in examples.keys() - {name for name, rows in examples.items() if rows}:
         print(f"task {name} | 0 examples")
-        del examples[name]
+    examples = {name: rows for name, rows in examples.items() if rows}
     if not examples:
         stop(f"--tasks: this run has no examples of {', '.join(args.tasks)}; choose other tasks")
     examples, sizes = weigh(examples, args.tasks)
@@ -492,8 +489,7 @@ def main() -> None:
     check_lengths(max(len(e.ids) for rows in [*examples.values(), valid] for e in rows), model.config)
     num_examples = sum(sizes.values())
     steps_per_epoch = math.ceil(num_examples / args.batch_size)
-    steps = steps_per_epoch * args.epochs
-    eval_every = max(1, steps_per_epoch // args.evals_per_epoch)
+    steps, eval_every = steps_per_epoch * args.epochs, max(1, steps_per_epoch // args.evals_per_epoch)
 
     # What trains
     if args.stage == "align" or args.lora:
@@ -507,13 +503,13 @@ def main() -> None:
     if args.fsdp:
         shard(loss_of, world)
     optimizer = make_optimizer(model, args.lr, args.beta2, args.weight_decay)
-    print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {num_examples} "
-          f"examples, {len(valid)} for validation | {args.epochs} epochs of {steps_per_epoch} updates")
+    tokens = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
+    print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {args.epochs} epochs of "
+          f"{num_examples} examples, {steps_per_epoch} updates, {tokens / 1e6:.2f} M tokens")
 
     # Where the run stands
     out = Path(args.out or run / f"{args.stage}.pt")
-    log_path = out.with_name(f"{out.stem}_log.jsonl")
-    resume_path = out.with_name(f"{out.stem}_resume.pt")
+    log_path, resume_path = (out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
     settings = {**vars(args), "examples": num_examples, "parameters": count_parameters(model),
                 "processes": world, "catalogue": sid["digest"]}
@@ -553,8 +549,8 @@ def main() -> None:
             sum_gradients(model)
         grad_norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), MAX_GRAD_NORM)
         optimizer.step()
-        step, tokens = step + 1, tokens + sum(len(e.ids) for e in batch)
         bar.update()
+        step, tokens = step + 1, tokens + sum(len(e.ids) for e in batch)
 
         # Log, validate, save
         row, better = {"step": step, "epoch": round(step / steps_per_epoch, 3)}, False
@@ -572,8 +568,8 @@ def main() -> None:
                                                 rank, world)
             better = row["valid_loss"] < best or not args.patience
             best, bad_evals = (row["valid_loss"], 0) if better else (best, bad_evals + 1)
-            news = "saved" if better else f"no better for {bad_evals} validations"
-            bar.write(f"step {step:05d}/{steps} | valid loss {row['valid_loss']:.4f} | {news}")
+            bar.write(f"step {step:05d}/{steps} | valid loss {row['valid_loss']:.4f} | "
+                      + ("saved" if better else f"no better for {bad_evals} validations"))
         if not all(math.isfinite(value) for value in row.values()):
             stop(f"a loss or gradient of step {step} is not finite; choose a lower --lr")
         if len(row) > 2:

@@ -218,7 +218,7 @@ def test_label_mask_token_by_token(pad, loss):
         assert not counted[row, len(example.ids):].any()                # and never on padding
         assert "<unk>" not in tokens
     supervised = [e.task for e in texts_first(examples) for _ in e.ids[e.start:]]
-    assert [stage.TASK_NAMES[n] for n in batch.tasks.tolist()] == supervised
+    assert [list(stage.TASKS)[n] for n in batch.tasks.tolist()] == supervised
     assert batch.weights.tolist() == [len(name) for name in supervised]
 
 
@@ -233,7 +233,7 @@ def test_collate_equals_a_naive_loop():
             losses.append((examples.index(example), t - 1, example.weight, example.task))
             labels += [example.ids[t]] if not example.leaves else []
     rows, positions = judged(batch) // batch.ids.shape[1], judged(batch) % batch.ids.shape[1]
-    tasks = [stage.TASK_NAMES[n] for n in batch.tasks]
+    tasks = [list(stage.TASKS)[n] for n in batch.tasks]
     assert list(zip(rows.tolist(), positions.tolist(), batch.weights.tolist(), tasks)) == losses
     assert batch.labels.tolist() == labels
     assert batch.leaves.tolist() == [leaf for example in examples for leaf in example.leaves]
@@ -574,8 +574,8 @@ def test_an_update_by_hand(loss, micro_tokens, max_norm, finished_run, tmp_path,
 def test_task_losses_by_hand():
     nll, counts = torch.zeros(len(stage.TASKS)), torch.zeros(len(stage.TASKS))
     for name, value, count in (("next", 6.0, 3.0), ("search", 10.0, 2.0)):      # both weighed already
-        nll[stage.TASK_NAMES.index(name)] = value
-        counts[stage.TASK_NAMES.index(name)] = count
+        nll[list(stage.TASKS).index(name)] = value
+        counts[list(stage.TASKS).index(name)] = count
     before = nll.clone()
     assert stage.task_losses(nll, counts) == {
         "loss": (6 + 10) / (3 + 2), "loss/next": 2.0, "loss/search": 5.0}

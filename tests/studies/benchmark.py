@@ -38,7 +38,7 @@ from init_embeddings import (Trie, autocast, build_trie, expand, load_model, mak
 from rl import Catalogue, tree_log_probs  # noqa: E402
 from tokenize_items import (assign, codes_of, kmeans, length_batches, make_parser, number,  # noqa: E402
                             read_catalogue, seed_centroids, set_up, write_jsonl)
-from train import (MAX_GRAD_NORM, PRESETS, TASK_NAMES, Example, ResponseLoss, collate,  # noqa: E402
+from train import (MAX_GRAD_NORM, PRESETS, TASKS, Example, ResponseLoss, collate,  # noqa: E402
                    micro_batches, prompt_ids)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, G rollouts, L levels, K codes per level, N items,
@@ -497,7 +497,7 @@ def train_update(model, examples: list[Example], precision: str, beta2: float, w
     """One update as in the loop of train.py, with a new optimizer."""
     device, loss_of = model.device, vocabulary_loss(model).train()
     optimizer = make_optimizer(model, 1e-6, beta2, weight_decay)
-    nll, counts = torch.zeros(len(TASK_NAMES), device=device), torch.zeros(len(TASK_NAMES), device=device)
+    nll, counts = torch.zeros(len(TASKS), device=device), torch.zeros(len(TASKS), device=device)
     optimizer.zero_grad(set_to_none=True)
     supervised = sum(e.weight * (len(e.ids) - e.start) for e in examples)
     for piece in micro_batches(examples, micro_tokens, rank=0, world=1):

@@ -100,7 +100,8 @@ def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, de
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes), sid["codebook_size"], device,
                       torch.tensor([item["item_id"] in unseen for item in items]))
-    template = TASKS[checkpoint["args"].get("recommends", "next")].instructions[0]
+    task = TASKS[checkpoint["args"].get("recommends", "next")]
+    template = task.instructions[0] + task.end
     item_of = dict(enumerate(items))
     for user in tqdm(users, desc=path.name, disable=None):
         history, target = user["history"], codes[user["target"]].tolist()
