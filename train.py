@@ -505,7 +505,7 @@ def main() -> None:
     optimizer = make_optimizer(model, args.lr, args.beta2, args.weight_decay)
     tokens = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {args.epochs} epochs of "
-          f"{num_examples} examples, {steps_per_epoch} updates, {tokens / 1e6:.2f} M tokens")
+          f"{num_examples} examples, {steps_per_epoch} updates, {tokens * args.epochs / 1e6:.2f} M tokens")
 
     # Where the run stands
     out = Path(args.out or run / f"{args.stage}.pt")
