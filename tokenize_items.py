@@ -47,7 +47,7 @@ LEVELS = "abcdefgh"                 # level 0 is spelled <a_12>, level 1 <b_12>,
 ID = (int, str)                     # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
-MAX_LENGTH, BATCH_TOKENS = 512, 8192    # tokens that a Hugging Face encoder reads of an item, at a time
+MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens that a Hugging Face encoder reads of an item, at a time
 KMEANS_ITERATIONS = 100             # at most, per level
 DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
 RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # of its codes; of the commitment (TIGER)
@@ -120,7 +120,7 @@ def fit_pca(x: Tensor, dim: int) -> dict:
     return {"pca_mean": mean, "pca_axes": axes.flip(1)[:, :dim].contiguous()}
 
 def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
-    """Vectors of texts by a fitted (lsa) or a named encoder, PCA and RQ-VAE if any; -> (N, D)."""
+    """Texts to vectors: lsa or a named encoder, then PCA and RQ-VAE if any; -> (N, D)."""
     if encoder["name"] == "lsa":
         matrix = tfidf_matrix(texts, encoder["terms"], encoder["idf"])
         x = F.normalize(torch.sparse.mm(matrix, encoder["components"]), dim=1)
@@ -133,7 +133,7 @@ def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++: draw each centroid in proportion to its squared distance; (N, D) -> (K, D)."""
     square = (x * x).sum(1)
-    distance = torch.full_like(square, torch.inf)       # (N,), to the nearest centroid so far
+    distance = torch.full_like(square, torch.inf)  # to the nearest centroid so far
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
     for _ in range(k - 1):
         last = chosen[-1]
@@ -226,13 +226,13 @@ def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Te
 
 def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, list]:
     """Train it from He's weights; (N, D) -> codebooks (L, K, RQVAE_WIDTH), the encoder's layers."""
-    widths = [x.shape[1], *(min(1024, 4 * x.shape[1]) // n for n in (1, 2, 4)), RQVAE_WIDTH]
+    top = min(1024, 4 * x.shape[1])  # STAR: 1024 for 1024; LSA's 128 get TIGER's 512
+    widths = [x.shape[1], top, top // 2, top // 4, RQVAE_WIDTH]
     pairs = list(zip(widths, widths[1:]))
     encoder = [(torch.randn(b, a).to(x) * (2 / a) ** 0.5, x.new_zeros(b)) for a, b in pairs]
     decoder = [(torch.randn(a, b).to(x) * (2 / b) ** 0.5, x.new_zeros(a)) for a, b in pairs[::-1]]
     codebooks = fit_codebooks(mlp(x, encoder), num_levels, k, seed)
-    parameters = [codebooks, *sum(encoder + decoder, ())]
-    optimizer = torch.optim.Adam([part.requires_grad_() for part in parameters])
+    optimizer = torch.optim.Adam([part.requires_grad_() for part in sum(encoder + decoder, (codebooks,))])
     for update in tqdm(range(RQVAE_UPDATES), desc="rq-vae", disable=None):
         optimizer.param_groups[0]["lr"] = RQVAE_LR * (1 - update / RQVAE_UPDATES)
         optimizer.zero_grad()
@@ -251,7 +251,7 @@ def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, li
 # ---- Collisions --------------------------------------------------
 def transport_plan(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Sinkhorn-Knopp: rows sum to 1 / N, columns to 1 / K; (N, D), (K, D) -> (N, K)."""
-    cost = -x.astype(float) @ centroids.T  # || x - c ||^2 would give the same plan
+    cost = -x.astype(float) @ centroids.T  # || x - c ||^2 gives the same plan
     plan = np.exp((cost.min() - cost) / max(SINKHORN_EPSILON * np.ptp(cost), 1e-30))
     for _ in range(SINKHORN_STEPS):
         plan /= len(centroids) * plan.sum(0)
@@ -432,7 +432,7 @@ def atomic_write(path: str | Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         stop(f"{path}: cannot be written ({error})")
     finally:
         with contextlib.suppress(OSError):
@@ -577,7 +577,7 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: 256, or a power of two that leaves each prefix of a small catalogue enough last codes
+        # Default: 256, or a power of two that leaves small catalogues enough last codes per prefix
         k = args.codebook_size or 1 << max(8, min(32, n // 4), min(256, n // 12)).bit_length() - 1
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":
@@ -592,7 +592,7 @@ def main() -> None:
     for name, rows in {**samples, "items": items}.items():
         write_jsonl(run / f"{name}.jsonl", rows)
     if args.sids:
-        (run / "codebook.pt").unlink(missing_ok=True)   # of an older run, for other SIDs
+        (run / "codebook.pt").unlink(missing_ok=True)  # of an older run, for other SIDs
     print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
     print(f"wrote {run}: items, train, valid, test.jsonl" + ("" if args.sids else ", codebook.pt"))
 
