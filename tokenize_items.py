@@ -5,18 +5,19 @@ every item, K-means on what is left over the second, and so on: an item becomes 
 TS-Rec (arXiv 2602.22632), section 3.2.1:
 
     Eq. 1   C_l = K-means(R_l, K)                      R_1 = X, the (N, D) item vectors
-    Eq. 2   s_il = argmin_k || R_il - C_lk ||
-    Eq. 3   R_i,l+1 = R_il - C_l,s_il
+    Eq. 2   s_il = argmin_k || R_il - C_lk ||          Eq. 3   R_i,l+1 = R_il - C_l,s_il
 
 Reads   DATA/items.jsonl; DATA/train|valid|test.jsonl (an official split) or DATA/interactions.jsonl
 Writes  RUN/items.jsonl (the input plus "sid": ["<a_12>", "<b_7>", "<c_3>"]), train|valid|test.jsonl,
-        codebook.pt (centroids (L, K, D) and the encoder, so that new items can get SIDs later)
+        codebook.pt (centroids (L, K, D) and the encoder, for new items later)
 
-Differs from the paper
-  1. `--encoder lsa` (default) needs no download. The paper uses Qwen3-Embedding-4B.
-  2. `--collision nearest` (default) gives a colliding item the free last code nearest to its residual. The
-     paper draws a free one: `--collision random`.
-  3. K is 256 as in the paper, but less for fewer than 3,072 items.
+Differs from the papers
+  1. `--encoder lsa` (default) needs no download. TS-Rec uses Qwen3-Embedding-4B.
+  2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any: `random`.
+  3. K is 256 as in the papers, but less for fewer than 3,072 items.
+  4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates than STAR.
+  5. `--collision sinkhorn` spreads the colliding items of a prefix together, LC-Rec those of one SID, also
+     in training. What collides after it moves as in `nearest`.
 
 Examples
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial
@@ -41,43 +42,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-# Letters used in shapes: N items, D width of the vectors, L levels, K codes per level, V terms.
-LEVELS = "abcdefgh"                     # level 0 is spelled <a_12>, level 1 <b_12>, ...
-ID = (int, str)                         # the types of item_id and user_id
-ITEM_FIELDS = ("item_id", "items", "history", "target")
+# Letters used in shapes: N items, B a batch, D width of the vectors, L levels, K codes per level, V terms.
+LEVELS = "abcdefgh"                 # level 0 is spelled <a_12>, level 1 <b_12>, ...
+ID = (int, str)                     # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
-LSA_WIDTH = 128
-LSA_TERMS = 50_000                      # the most frequent terms are kept
-MAX_LENGTH, BATCH_TOKENS = 512, 8192    # tokens that a Hugging Face encoder reads of an item, at a time
-KMEANS_ITERATIONS = 100                 # at most, per level
-DISTANCE_BYTES = 64 << 20               # memory for one block of the distance matrix
+LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
+MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens that a Hugging Face encoder reads of an item, at a time
+KMEANS_ITERATIONS = 100             # at most, per level
+DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
+RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # of its codes; of the commitment (TIGER)
+RQVAE_UPDATES, RQVAE_BATCH, RQVAE_LR, RQVAE_RESTART = 6000, 128, 2e-3, 100
+SINKHORN_ROUNDS, SINKHORN_STEPS, SINKHORN_EPSILON = 20, 50, 0.0015  # LC-Rec: 0.003 of half the range
 DEMO = Path(__file__).parent / "tests" / "demo"
 
 # ---- Encoders: texts -> (N, D), rows of length 1 -----------------
 def item_text(item: dict) -> str:
-    """The text that stands for an item: title and description as one sentence (section 3.2.1)."""
-    parts = [item["title"].strip(), item["description"].strip()]
-    return ". ".join(part for part in parts if part)
+    """Title and description as one text (section 3.2.1)."""
+    return ". ".join(item[name].strip() for name in ("title", "description") if item[name].strip())
 
 def terms_of(text: str) -> list[str]:
     """Words and pairs of neighbours, lower case: "Steel rod" -> ["steel", "rod", "steel rod"]."""
     words = re.findall(r"[^\W_]+", text.lower())
-    pairs = [f"{a} {b}" for a, b in zip(words, words[1:])]
-    return words + pairs
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
 
 def tfidf_matrix(texts: list[str], terms: list[str], idf: Tensor) -> Tensor:
     """Weigh terms by (1 + log tf) * idf and scale rows to length 1; idf (V,) -> sparse (N, V)."""
     column_of = {term: column for column, term in enumerate(terms)}
-    entries = []
-    for row, text in enumerate(texts):
-        counts = Counter(term for term in terms_of(text) if term in column_of)
-        entries += [(row, column_of[term], count) for term, count in counts.items()]
+    entries = [(row, column_of[term], count) for row, text in enumerate(texts)
+               for term, count in Counter(terms_of(text)).items() if term in column_of]
     rows, columns, counts = torch.tensor(entries, dtype=torch.long).reshape(-1, 3).T
     values = (1 + counts.double().log()).float() * idf[columns]
     norms = torch.zeros(len(texts)).index_add_(0, rows, values ** 2).sqrt().clamp_min(1e-12)
-    with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 warns without it
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / norms[rows],
-                                       (len(texts), len(terms))).coalesce()
+    places, shape = torch.stack([rows, columns]), (len(texts), len(terms))
+    return torch.sparse_coo_tensor(places, values / norms[rows], shape, check_invariants=False).coalesce()
 
 def fit_lsa(texts: list[str]) -> dict:
     """Latent semantic analysis: the leading right singular vectors (V, D) of the TF-IDF matrix."""
@@ -102,11 +99,10 @@ def encode_hf(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
     max_length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", math.inf))
     ids = tokenizer(texts, truncation=True, max_length=max_length).input_ids
     vectors = torch.empty(len(texts), model.config.hidden_size)
-    batches = length_batches([len(row) for row in ids], BATCH_TOKENS)
-    for rows in tqdm(batches, desc="encode", disable=None):
+    for rows in tqdm(length_batches(list(map(len, ids)), BATCH_TOKENS), desc="encode", disable=None):
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right",
                               return_tensors="pt").to(device)
-        hidden = model(**batch).last_hidden_state.float()               # (B, T, D)
+        hidden = model(**batch).last_hidden_state.float()  # (B, T, D)
         mask = batch["attention_mask"]
         if encoder["pooling"] == "last":
             pooled = hidden[torch.arange(len(rows), device=device), mask.sum(1) - 1]
@@ -124,23 +120,24 @@ def fit_pca(x: Tensor, dim: int) -> dict:
     return {"pca_mean": mean, "pca_axes": axes.flip(1)[:, :dim].contiguous()}
 
 def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
-    """Turn texts into vectors with a fitted (lsa) or a named encoder, then its PCA; -> (N, D)."""
+    """Texts to vectors: lsa or a named encoder, then PCA and RQ-VAE if any; -> (N, D)."""
     if encoder["name"] == "lsa":
         matrix = tfidf_matrix(texts, encoder["terms"], encoder["idf"])
         x = F.normalize(torch.sparse.mm(matrix, encoder["components"]), dim=1)
     else:
         x = encode_hf(texts, encoder, device)
-    return (x - encoder["pca_mean"]) @ encoder["pca_axes"] if "pca_axes" in encoder else x
+    x = (x - encoder["pca_mean"]) @ encoder["pca_axes"] if "pca_axes" in encoder else x
+    return mlp(x, encoder["rqvae"]) if "rqvae" in encoder else x
 
 # ---- RQ-KMeans (eqs. 1-3) ----------------------------------------
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++: draw each centroid in proportion to its squared distance; (N, D) -> (K, D)."""
-    square = (x * x).sum(1)                         # (N,)
-    distance = torch.full_like(square, torch.inf)   # to the nearest centroid so far
+    square = (x * x).sum(1)
+    distance = torch.full_like(square, torch.inf)  # to the nearest centroid so far
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
     for _ in range(k - 1):
-        last = chosen[-1]                                       # |x - c|^2 = |x|^2 - 2 x.c + |c|^2
-        to_last = square - 2 * (x @ x[last]) + square[last]
+        last = chosen[-1]
+        to_last = square - 2 * (x @ x[last]) + square[last]  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2
         to_last[to_last <= 1e-6 * (square + square[last])] = 0  # the same point, up to rounding
         distance = torch.minimum(distance, to_last)
         total = distance.double().cumsum(0)
@@ -154,14 +151,11 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of each row and the squared distance (eq. 2); (N, D), (K, D) -> (N,), (N,)."""
-    rows_per_block = max(1, DISTANCE_BYTES // (4 * len(centroids)))     # bounded memory for any N
+    rows_per_block = max(1, DISTANCE_BYTES // (4 * len(centroids)))  # bounded memory for any N
     square = (centroids * centroids).sum(1)
-    codes, distances = [], []
-    for block in x.split(rows_per_block):
-        distance, code = torch.addmm(square, block, centroids.T, alpha=-2).min(1)
-        codes.append(code)
-        distances.append(distance)
-    return torch.cat(codes), (torch.cat(distances) + (x * x).sum(1)).clamp_min(0)
+    blocks = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows_per_block)]
+    distance = torch.cat([block.values for block in blocks]) + (x * x).sum(1)
+    return torch.cat([block.indices for block in blocks]), distance.clamp_min(0)
 
 def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator) -> Tensor:
     """Lloyd's algorithm (eq. 1); (N, D) -> (K, D). Empty clusters restart at the farthest points."""
@@ -173,8 +167,7 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator) -> Te
             break
         previous = codes
         counts = torch.bincount(codes, minlength=k)
-        sums = torch.zeros_like(centroids).index_add_(0, codes, x)
-        centroids = sums / counts.clamp_min(1)[:, None]
+        centroids = torch.zeros_like(centroids).index_add_(0, codes, x) / counts.clamp_min(1)[:, None]
         empty = (counts == 0).nonzero().squeeze(1)
         centroids[empty] = x[distance.topk(len(empty)).indices]
     return centroids
@@ -182,38 +175,96 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator) -> Te
 def fit_codebooks(x: Tensor, num_levels: int, k: int, seed: int) -> Tensor:
     """One codebook per level, on what the levels above leave over (eqs. 1-3); (N, D) -> (L, K, D)."""
     generator = torch.Generator().manual_seed(seed)
-    print(f"level   - | mse {float((x * x).sum(1).mean()):.4f} (mean squared length of the vectors)")
     codebooks = []
-    for level in range(num_levels):
-        centroids = kmeans(x, k, KMEANS_ITERATIONS, generator)
-        codes, _ = assign(x, centroids)
-        x = x - centroids[codes]
-        codebooks.append(centroids)
-        counts = torch.bincount(codes).double()
-        share = counts[counts > 0] / len(x)
-        perplexity = float((-share * share.log()).sum().exp())
-        print(f"level   {LEVELS[level]} | mse {float((x * x).sum(1).mean()):.4f} | "
-              f"codes in use {len(share)}/{k} | perplexity {perplexity:.1f} | "
-              f"largest cluster {int(counts.max())}")
+    for _ in range(num_levels):
+        codebooks.append(kmeans(x, k, KMEANS_ITERATIONS, generator))
+        x = x - codebooks[-1][assign(x, codebooks[-1])[0]]
     return torch.stack(codebooks)
 
 def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     """Encode by residuals (eqs. 2-3); (N, D), (L, K, D) -> codes (N, L), last level's input (N, D)."""
     codes = []
-    for level, centroids in enumerate(codebooks):
-        code, _ = assign(x, centroids)
-        codes.append(code)
-        if level + 1 < len(codebooks):
-            x = x - centroids[code]
-    return torch.stack(codes, 1), x
+    for centroids in codebooks:
+        residual = x
+        codes.append(assign(residual, centroids)[0])
+        x = residual - centroids[codes[-1]]
+    return torch.stack(codes, 1), residual
+
+def print_levels(x: Tensor, z: Tensor, codebooks: Tensor, decode: Callable) -> None:
+    """Print the error of the decoded codes after each level, and how evenly it uses its codes."""
+    print(f"level   - | mse {float((x * x).sum(1).mean()):.4f} (mean squared length of the vectors)")
+    residual = z
+    for level, centroids in zip(LEVELS, codebooks):
+        codes, _ = assign(residual, centroids)
+        residual = residual - centroids[codes]
+        mse = float(((x - decode(z - residual)) ** 2).sum(1).mean())
+        counts = torch.bincount(codes)
+        perplexity = float(torch.special.entr(counts.double() / len(x)).sum().exp())
+        print(f"level   {level} | mse {mse:.4f} | codes in use {counts.count_nonzero()}/{len(centroids)} | "
+              f"perplexity {perplexity:.1f} | largest cluster {counts.max()}")
+
+# ---- RQ-VAE (TIGER, arXiv 2305.05065, section 3.1) ---------------
+def mlp(x: Tensor, layers: list) -> Tensor:
+    """Linear layers (weight, bias) with a ReLU between them; (N, D) -> (N, D')."""
+    for weight, bias in layers[:-1]:
+        x = F.relu(F.linear(x, weight, bias))
+    return F.linear(x, *layers[-1])
+
+def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Tensor:
+    """The loss of a batch, (B, D) -> (). sg[.] stops the gradient, c_l is nearest to r_l.
+
+        z = E(x)     r_1 = z     r_l+1 = r_l - c_l     z' = sum_l c_l
+        L = || x - D(z') ||^2 + sum_l || sg[r_l] - c_l ||^2 + beta || r_l - sg[c_l] ||^2
+    """
+    z = mlp(x, encoder)
+    codes, _ = quantize(z.detach(), codebooks.detach())
+    c = codebooks[range(len(codebooks)), codes]     # (B, L, D)
+    r = z[:, None] - (c.cumsum(1) - c).detach()
+    straight_through = z + (c.sum(1) - z).detach()  # z' with the gradient of z
+    commitment = (r.detach() - c) ** 2 + RQVAE_BETA * (r - c.detach()) ** 2
+    return ((x - mlp(straight_through, decoder)) ** 2).sum(1).mean() + commitment.sum((1, 2)).mean()
+
+def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, list]:
+    """Train it from He's weights; (N, D) -> codebooks (L, K, RQVAE_WIDTH), the encoder's layers."""
+    top = min(1024, 4 * x.shape[1])  # STAR: 1024 for 1024; LSA's 128 get TIGER's 512
+    widths = [x.shape[1], top, top // 2, top // 4, RQVAE_WIDTH]
+    pairs = list(zip(widths, widths[1:]))
+    encoder = [(torch.randn(b, a).to(x) * (2 / a) ** 0.5, x.new_zeros(b)) for a, b in pairs]
+    decoder = [(torch.randn(a, b).to(x) * (2 / b) ** 0.5, x.new_zeros(a)) for a, b in pairs[::-1]]
+    codebooks = fit_codebooks(mlp(x, encoder), num_levels, k, seed)
+    optimizer = torch.optim.Adam([part.requires_grad_() for part in sum(encoder + decoder, (codebooks,))])
+    for update in tqdm(range(RQVAE_UPDATES), desc="rq-vae", disable=None):
+        optimizer.param_groups[0]["lr"] = RQVAE_LR * (1 - update / RQVAE_UPDATES)
+        optimizer.zero_grad()
+        rqvae_loss(x[torch.randint(len(x), (RQVAE_BATCH,))], encoder, codebooks, decoder).backward()
+        optimizer.step()
+        if update % RQVAE_RESTART == 0:
+            z = mlp(x, encoder).data
+            for centroids in codebooks.data:  # dead codes restart, as in kmeans
+                codes, distance = assign(z, centroids)
+                dead = torch.bincount(codes, minlength=k) == 0
+                centroids[dead] = z[distance.topk(int(dead.sum())).indices]
+                z = z - centroids[codes]
+    print_levels(x, mlp(x, encoder).data, codebooks.data, lambda z: mlp(z, decoder).data)
+    return codebooks.data, [(weight.data, bias.data) for weight, bias in encoder]
 
 # ---- Collisions --------------------------------------------------
+def transport_plan(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Sinkhorn-Knopp: rows sum to 1 / N, columns to 1 / K; (N, D), (K, D) -> (N, K)."""
+    cost = -x.astype(float) @ centroids.T  # || x - c ||^2 gives the same plan
+    plan = np.exp((cost.min() - cost) / max(SINKHORN_EPSILON * np.ptp(cost), 1e-30))
+    for _ in range(SINKHORN_STEPS):
+        plan /= len(centroids) * plan.sum(0)
+        plan /= len(x) * plan.sum(1, keepdims=True)
+    return plan
+
 def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.ndarray, policy: str,
                        seed: int, num_fixed: int = 0) -> np.ndarray:
     """Give all but one item of each shared SID another last code; (N, L), (N, D), (K, D) -> (N, L).
 
     The item nearest to its centroid keeps the SID. The others get the free code nearest to their residual,
-    or any ("random": TS-Rec, footnote 1). The first `num_fixed` rows never move.
+    or any ("random": TS-Rec, footnote 1). "sinkhorn" first spreads all items that share a SID, as LC-Rec.
+    The first `num_fixed` rows never move.
     """
     codes = codes.copy()
     rng = np.random.default_rng(seed)
@@ -222,20 +273,23 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
         rows_of_prefix[tuple(code[:-1])].append(row)
     for prefix, rows in sorted(rows_of_prefix.items()):
         rows = np.array(rows)
+        for _ in range(SINKHORN_ROUNDS if policy == "sinkhorn" else 0):
+            shared = np.bincount(codes[rows, -1])[codes[rows, -1]] > 1
+            movers = rows[shared & (rows >= num_fixed)]
+            if len(movers):
+                codes[movers, -1] = transport_plan(residuals[movers], centroids).argmax(1)
         distance = ((residuals[rows] - centroids[codes[rows, -1]]) ** 2).sum(1)
         rows = rows[np.lexsort((distance, rows >= num_fixed))]  # older items first, then the nearest
         taken, keepers = np.unique(codes[rows, -1], return_index=True)
         movers = [row for row in np.delete(rows, keepers) if row >= num_fixed]
         free = np.setdiff1d(np.arange(len(centroids)), taken)
         if len(free) < len(movers):
-            name = "".join(sid_token(level, code) for level, code in enumerate(prefix))
+            name = "".join(map(sid_token, range(len(prefix)), prefix))
             stop(f"prefix {name} has {len(rows)} items but only {len(centroids)} last codes; "
                  "make a new run with a larger --codebook-size or more --num-levels")
         for row in movers:
-            if policy == "random":
-                pick = rng.integers(len(free))
-            else:
-                pick = ((residuals[row] - centroids[free]) ** 2).sum(1).argmin()
+            nearest = ((residuals[row] - centroids[free]) ** 2).sum(1).argmin()
+            pick = rng.integers(len(free)) if policy == "random" else nearest
             codes[row, -1] = free[pick]
             free = np.delete(free, pick)
     return codes
@@ -247,13 +301,11 @@ def count_collisions(codes: np.ndarray) -> int:
 def assign_sids(items: list[dict], x: Tensor, codebooks: Tensor, policy: str, seed: int,
                 old_items: list[dict] = ()) -> None:
     """Set each item's "sid" from its vector; (N, D), (L, K, D). The SIDs of `old_items` stay."""
-    codes, residuals = quantize(x.to(codebooks.device), codebooks)
-    codes, residuals = codes.cpu().numpy(), residuals.cpu().numpy()
+    codes, residuals = (part.cpu().numpy() for part in quantize(x, codebooks))
     if old_items:
         codes = np.concatenate([codes_of(old_items), codes])
         residuals = np.pad(residuals, ((len(old_items), 0), (0, 0)))
-    centroids = codebooks[-1].cpu().numpy()
-    unique = resolve_collisions(codes, residuals, centroids, policy, seed, len(old_items))
+    unique = resolve_collisions(codes, residuals, codebooks[-1].cpu().numpy(), policy, seed, len(old_items))
     print(f"collisions {count_collisions(codes)} of {len(codes)} items before, "
           f"{count_collisions(unique)} after ({policy} free last code)")
     for item, row in zip(items, unique[len(old_items):].tolist()):
@@ -266,33 +318,25 @@ def split_samples(users: list[dict], split: str) -> dict[str, list[dict]]:
     leave-one-out: a user's last target is for test, the one before for validation, the others train.
     chronological: all samples by the time of their target, cut 8:1:1, as MiniOneRec and TS-Rec do.
     """
-    parts, timed = {"train": [], "valid": [], "test": []}, []
-    for user in users:
-        items = user["items"]
-        times = user["timestamps"] if split == "chronological" else range(len(items))
-        for place in range(1, len(items)):
-            sample = {"user_id": user["user_id"], "history": items[:place], "target": items[place]}
-            later = len(items) - 1 - place
-            parts["test" if later == 0 else "valid" if later == 1 else "train"].append(sample)
-            timed.append((times[place], sample))
+    samples = [[{"user_id": user["user_id"], "history": user["items"][:place], "target": target}
+                for place, target in enumerate(user["items"]) if place > 0] for user in users]
     if split == "leave-one-out":
-        return parts
-    samples = [sample for _, sample in sorted(timed, key=lambda pair: pair[0])]
-    a, b = len(samples) * 8 // 10, len(samples) * 9 // 10
-    return {"train": samples[:a], "valid": samples[a:b], "test": samples[b:]}
+        slices = {"train": slice(-2), "valid": slice(-2, -1), "test": slice(-1, None)}
+        return {name: [sample for own in samples for sample in own[part]] for name, part in slices.items()}
+    timed = [pair for user, own in zip(users, samples) for pair in zip(user["timestamps"][1:], own)]
+    ordered = [sample for _, sample in sorted(timed, key=lambda pair: pair[0])]
+    a, b = len(ordered) * 8 // 10, len(ordered) * 9 // 10
+    return {"train": ordered[:a], "valid": ordered[a:b], "test": ordered[b:]}
 
 def load_samples(folder: Path, split: str, known: set, max_history: int) -> dict[str, list[dict]]:
     """Read or make the samples of train, valid and test, and keep the end of each history."""
     if split == "official":
-        names = ("train", "valid", "test")
-        parts = {name: read_samples(folder / f"{name}.jsonl", known) for name in names}
+        parts = {name: read_samples(folder / f"{name}.jsonl", known) for name in ("train", "valid", "test")}
     else:
-        fields = {"user_id": ID, "items": list}
-        if split == "chronological":
-            fields["timestamps"] = list
-        path = folder / "interactions.jsonl"
+        path, timed = folder / "interactions.jsonl", split == "chronological"
+        fields = {"user_id": ID, "items": list} | ({"timestamps": list} if timed else {})
         users = read_jsonl(path, fields, unique="user_id", known=known)
-        for user in users if split == "chronological" else []:
+        for user in users if timed else []:
             times = user["timestamps"]
             numbers = all(isinstance(time, (int, float)) for time in times)
             if not numbers or len(times) != len(user["items"]) or times != sorted(times):
@@ -308,15 +352,14 @@ def load_samples(folder: Path, split: str, known: set, max_history: int) -> dict
 
 # ---- Files and helpers that all stages share ---------------------
 def stop(message: str):
-    """End the program with one line on stderr and exit code 2: for mistakes that the user can fix."""
+    """End with one line on stderr and exit code 2: for mistakes that the user can fix."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | None = None) -> list[dict]:
     """Read a JSONL file of objects; stops at the first bad line and names it.
 
-    fields: required name -> type of its value, or types. unique: a field that may not repeat.
-    known: item_ids; if given, ITEM_FIELDS must name items among them.
+    fields: required name -> type(s). unique: a field that may not repeat. known: item_ids to choose from.
     """
     rows, seen, nth = [], set(), 0
     try:
@@ -334,7 +377,7 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                 rows.append(row)
     except OSError as error:
         stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or check the name")
-    except (ValueError, RecursionError) as error:       # broken JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:   # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows:
         stop(f"{path}: is empty; it needs at least one object with {', '.join(fields)}")
@@ -345,7 +388,7 @@ def field_problem(row: object, fields: dict, known: set | None) -> str | None:
     for name, types in fields.items():
         if not isinstance(row, dict) or not isinstance(row.get(name), types):
             return f"{name!r} is missing or of the wrong type; a line has {', '.join(fields)}"
-        if known is not None and name in ITEM_FIELDS:
+        if known is not None and name in ("item_id", "items", "history", "target"):
             for item_id in row[name] if isinstance(row[name], list) else [row[name]]:
                 if not isinstance(item_id, ID) or item_id not in known:
                     return f"item {item_id!r} is not in the catalogue; add it to items.jsonl, or drop it"
@@ -363,19 +406,18 @@ def read_items(path: str | Path) -> list[dict]:
             stop(f"{path}: item {item['item_id']!r} has neither title nor description; leave it out")
     return items
 
-def check_sids(path: str | Path, items: list[dict]) -> None:
-    """Stop unless every "sid" is a list of one token per level, of the same number of levels."""
+def check_sids(path: str | Path, items: list[dict]) -> list[dict]:
+    """The items; stops unless each "sid" has one token per level, and as many as the others."""
     for item in items:
         sid = item["sid"] if isinstance(item.get("sid"), list) else []
         levels = [match[1] for token in sid if (match := SID_TOKEN.fullmatch(str(token)))]
         if len(sid) < 2 or levels != list(LEVELS[:len(sid)]) or len(sid) != len(items[0]["sid"]):
             stop(f"{path}: item {item['item_id']!r} has no valid SID, but {sid!r}")
+    return items
 
 def read_catalogue(path: str | Path) -> list[dict]:
     """Read a run's items.jsonl: items with their "sid"."""
-    items = read_items(path)
-    check_sids(path, items)
-    return items
+    return check_sids(path, read_items(path))
 
 def read_samples(path: str | Path, known: set) -> list[dict]:
     """Read train/valid/test.jsonl: {"user_id", "history": [item_id, ...], "target": item_id}."""
@@ -390,7 +432,7 @@ def atomic_write(path: str | Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         stop(f"{path}: cannot be written ({error})")
     finally:
         with contextlib.suppress(OSError):
@@ -417,8 +459,7 @@ def sid_token(level: int, code: int) -> str:
 
 def parse_sid_token(token: str) -> tuple[int, int]:
     """Read a SID token: "<a_12>" -> (0, 12)."""
-    letter, code = SID_TOKEN.fullmatch(token).groups()
-    return LEVELS.index(letter), int(code)
+    return LEVELS.index(token[1]), int(token[3:-1])
 
 def codes_of(items: list[dict]) -> np.ndarray:
     """The code matrix of a catalogue, (N, L)."""
@@ -445,14 +486,14 @@ def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 def set_up(device_name: str, seed: int = 0) -> torch.device:
-    """What a script does first: seed torch and choose the device."""
+    """Seed torch and choose the device."""
     torch.manual_seed(seed)
     try:
         device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         stop(f"--device {device_name}: not available here ({str(error).splitlines()[0]})")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")      # or it keeps gigabytes of kernels
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # or it keeps gigabytes of kernels
     return device
 
 # ---- Command line ------------------------------------------------
@@ -491,7 +532,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dim", type=number(int, 0), default=0, help="width after PCA; 0: no PCA; paper: 32")
     flag("--num-levels", type=number(int, 2, len(LEVELS) + 1), default=3, help="L, codes per item")
     flag("--codebook-size", type=number(int, 0), default=0, help="K, codes per level; 0: up to 256")
-    flag("--collision", choices=("nearest", "random"), default="nearest", help="which free last code")
+    flag("--quantizer", choices=("kmeans", "rqvae"), default="kmeans", help="STAR: rqvae")
+    flag("--collision", choices=("nearest", "random", "sinkhorn"), default="nearest", help="other last codes")
     flag("--split", choices=("official", "leave-one-out", "chronological"),
          help="default: official if DATA/train.jsonl exists, else leave-one-out")
     flag("--max-history", type=number(int, 1), default=10, help="most recent items of a history; STAR: 20")
@@ -516,13 +558,11 @@ def main() -> None:
     if args.add:
         add_items(run, args.add, args.collision, args.seed, device)
         return
-
     items = read_items(data / "items.jsonl")
     split = args.split or ("official" if (data / "train.jsonl").exists() else "leave-one-out")
     samples = load_samples(data, split, {item["item_id"] for item in items}, args.max_history)
     print(f"device {device} | {len(items)} items | split {split}: "
           + ", ".join(f"{len(rows)} {name}" for name, rows in samples.items()))
-
     if args.sids:
         rows = read_jsonl(args.sids, {"item_id": ID, "sid": list}, unique="item_id")
         sid_of = {row["item_id"]: row["sid"] for row in rows}
@@ -532,25 +572,27 @@ def main() -> None:
         print(f"SIDs from {args.sids}: {count_collisions(codes_of(items))} collisions, which are kept")
     else:
         texts, n = [item_text(item) for item in items], len(items)
-        encoder = {"name": args.encoder, "pooling": args.pooling}
-        if args.encoder == "lsa":
-            encoder = fit_lsa(texts)
-        x = encode(texts, encoder, device)
+        encoder = fit_lsa(texts) if args.encoder == "lsa" else {"name": args.encoder, "pooling": args.pooling}
+        x = encode(texts, encoder, device).to(device)
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: 256, or a power of two that leaves each prefix of a small catalogue enough last codes
+        # Default: 256, or a power of two that leaves small catalogues enough last codes per prefix
         k = args.codebook_size or 1 << max(8, min(32, n // 4), min(256, n // 12)).bit_length() - 1
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
-        codebooks = fit_codebooks(x.to(device), args.num_levels, k, args.seed)
+        if args.quantizer == "rqvae":
+            codebooks, encoder["rqvae"] = fit_rqvae(x, args.num_levels, k, args.seed)
+            x = mlp(x, encoder["rqvae"])
+        else:
+            codebooks = fit_codebooks(x, args.num_levels, k, args.seed)
+            print_levels(x, x, codebooks, lambda z: z)
         assign_sids(items, x, codebooks, args.collision, args.seed)
         with atomic_write(run / "codebook.pt") as temporary:
             torch.save({"centroids": codebooks.cpu(), "encoder": encoder, "args": vars(args)}, temporary)
-    for name, rows in samples.items():
+    for name, rows in {**samples, "items": items}.items():
         write_jsonl(run / f"{name}.jsonl", rows)
-    write_jsonl(run / "items.jsonl", items)
     if args.sids:
-        (run / "codebook.pt").unlink(missing_ok=True)           # of an older run, for other SIDs
+        (run / "codebook.pt").unlink(missing_ok=True)  # of an older run, for other SIDs
     print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
     print(f"wrote {run}: items, train, valid, test.jsonl" + ("" if args.sids else ", codebook.pt"))
 

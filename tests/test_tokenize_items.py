@@ -1,4 +1,5 @@
 """Stage 1: K-means and residuals against loops, collisions, encoders, splits, new items, errors."""
+import itertools
 import json
 import random
 import shutil
@@ -138,10 +139,119 @@ def test_residuals_are_eq_3(capsys):
     assert torch.allclose(last, before, atol=1e-6)                      # what the last level gets
     total = sum(books[level][codes[:, level]] for level in range(3))
     assert torch.allclose(total + rest, x, atol=1e-5)
+    stage.print_levels(x, x, books, lambda z: z)
     printed = [float(line.split("mse ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
     assert printed == sorted(printed, reverse=True)
     assert printed[-1] == pytest.approx(float((rest ** 2).sum(1).mean()), abs=1e-4)
     assert torch.equal(stage.fit_codebooks(x, 3, 4, seed=5), books)
+
+
+# ---- RQ-VAE --------------------------------------------------------------------------------------
+
+def random_layers(*widths: int) -> list:
+    """Layers (weight, bias) in float64 that ask for a gradient."""
+    return [[torch.randn(shape, generator=generator(shape[0]), dtype=torch.float64).requires_grad_()
+             for shape in ((after, width), (after,))] for width, after in zip(widths, widths[1:])]
+
+
+def test_mlp_equals_torch():
+    layers = random_layers(3, 7, 4, 2)
+    modules = []
+    for weight, bias in layers:
+        linear = torch.nn.Linear(*weight.shape[::-1], dtype=torch.float64)
+        linear.load_state_dict({"weight": weight, "bias": bias})
+        modules += [linear, torch.nn.ReLU()]
+    x = points(20, 3).double()
+    assert torch.allclose(stage.mlp(x, layers), torch.nn.Sequential(*modules[:-1])(x))
+
+
+def test_the_loss_of_the_rqvae_and_its_gradients_by_hand():
+    """One linear layer on either side, so that every derivative is a line of algebra."""
+    x, books = points(12, 3).double(), points(2 * 5, 2, seed=4).double().reshape(2, 5, 2).requires_grad_()
+    (encoder,), (decoder,) = random_layers(3, 2), random_layers(2, 3)
+    loss = stage.rqvae_loss(x, [encoder], books, [decoder])
+    loss.backward()
+
+    n, beta, expected = len(x), stage.RQVAE_BETA, 0
+    wanted = {name: torch.zeros_like(part) for name, part in zip(
+        ("W", "b", "V", "d", "books"), (*encoder, *decoder, books))}
+    with torch.no_grad():
+        for row in x:
+            z = encoder[0] @ row + encoder[1]
+            rest, chosen, from_commitment = z, [], 0
+            for level in range(2):
+                code = min(range(5), key=lambda k: float(((rest - books[level][k]) ** 2).sum()))
+                gap = rest - books[level][code]
+                expected += (1 + beta) * float((gap ** 2).sum()) / n
+                wanted["books"][level][code] -= 2 * gap / n             # a code is pulled by its own level only
+                from_commitment += 2 * beta * gap / n                   # sg: the residuals above count as fixed
+                chosen.append(books[level][code])
+                rest = gap
+            z_hat = sum(chosen)
+            error = decoder[0] @ z_hat + decoder[1] - row
+            expected += float((error ** 2).sum()) / n
+            wanted["V"] += 2 * torch.outer(error, z_hat) / n
+            wanted["d"] += 2 * error / n
+            to_z = 2 * decoder[0].T @ error / n + from_commitment       # straight through: dz'/dz = 1
+            wanted["W"] += torch.outer(to_z, row)
+            wanted["b"] += to_z
+    assert loss.item() == pytest.approx(expected)
+    for part, gradient in zip((*encoder, *decoder, books), wanted.values()):
+        assert torch.allclose(part.grad, gradient)
+
+
+@pytest.mark.parametrize("width, sizes", [(128, [512, 256, 128, 32]), (1024, [1024, 512, 256, 32])])
+def test_the_sizes_of_tiger_and_star(width, sizes, monkeypatch):
+    monkeypatch.setattr(stage, "RQVAE_UPDATES", 0)
+    books, layers = stage.fit_rqvae(points(40, width), 4, 8, seed=0)
+    assert books.shape == (4, 8, 32)
+    assert [tuple(weight.shape) for weight, _ in layers] == list(zip(sizes, [width, *sizes]))
+    assert all(bias.shape == weight.shape[:1] for weight, bias in layers)
+
+
+def errors(printed: str) -> list[float]:
+    """The mse of each printed line, the first before any code."""
+    return [float(line.split("mse ")[1].split()[0]) for line in printed.splitlines() if "mse" in line]
+
+
+def test_a_trained_rqvae_beats_the_mean_and_uses_its_codes(monkeypatch, capsys):
+    x = points(200, 8)
+    variance = float(((x - x.mean(0)) ** 2).sum(1).mean())
+    torch.manual_seed(0)
+    monkeypatch.setattr(stage, "RQVAE_UPDATES", 0)
+    stage.fit_rqvae(x, 3, 16, seed=0)
+    untrained = errors(capsys.readouterr().out)
+    monkeypatch.setattr(stage, "RQVAE_UPDATES", 200)
+    monkeypatch.setattr(stage, "RQVAE_RESTART", 20)
+    books, layers = stage.fit_rqvae(x, 3, 16, seed=0)
+    printed = capsys.readouterr().out
+    length, *levels = errors(printed)
+    assert length == pytest.approx(float((x ** 2).sum(1).mean()), abs=1e-4)
+    assert levels == sorted(levels, reverse=True)
+    assert levels[-1] < 0.5 * variance < untrained[-1]
+    codes, _ = stage.quantize(stage.mlp(x, layers), books)
+    for column, line in zip(codes.T, printed.splitlines()[1:]):
+        counts = Counter(column.tolist())
+        perplexity = np.exp(-sum(n / 200 * np.log(n / 200) for n in counts.values()))
+        assert f"codes in use {len(counts)}/16 | perplexity {perplexity:.1f}" in line and len(counts) > 10
+        assert line.endswith(f"largest cluster {max(counts.values())}")
+
+
+def test_dead_codes_restart(monkeypatch, capsys):
+    x, fit = points(100, 4), stage.fit_codebooks
+
+    def half_dead(*args):
+        books = fit(*args)
+        books[:, 4:] = 1e4
+        return books
+    monkeypatch.setattr(stage, "fit_codebooks", half_dead)
+    monkeypatch.setattr(stage, "RQVAE_UPDATES", 0)
+    stage.fit_rqvae(x, 2, 8, seed=0)
+    assert capsys.readouterr().out.count("codes in use 4/8") == 2
+    monkeypatch.setattr(stage, "RQVAE_UPDATES", 30)
+    monkeypatch.setattr(stage, "RQVAE_RESTART", 10)
+    books, _ = stage.fit_rqvae(x, 2, 8, seed=0)
+    assert capsys.readouterr().out.count("codes in use 8/8") == 2 and float(books.abs().max()) < 100
 
 
 # ---- Collisions ----------------------------------------------------------------------------------
@@ -195,6 +305,63 @@ def test_nearest_equals_a_slow_greedy_loop():
             codes, residuals, book)
 
 
+@pytest.mark.parametrize("count, k", [(3, 16), (16, 16), (40, 7)])
+def test_the_transport_plan_is_even_on_both_sides(count, k, monkeypatch):
+    x, centroids = points(count, seed=2).numpy(), points(k, seed=3).numpy()
+    plan = stage.transport_plan(x, centroids)
+    assert plan.shape == (count, k) and (plan >= 0).all()
+    assert plan.sum(1) == pytest.approx(np.full(count, 1 / count))
+    monkeypatch.setattr(stage, "SINKHORN_EPSILON", 0.05)
+    monkeypatch.setattr(stage, "SINKHORN_STEPS", 2000)
+    plan = stage.transport_plan(x, centroids)
+    assert plan.sum(1) == pytest.approx(np.full(count, 1 / count))
+    assert plan.sum(0) == pytest.approx(np.full(k, 1 / k), rel=1e-3)
+    assert stage.transport_plan(0 * x, centroids) == pytest.approx(np.full((count, k), 1 / count / k))
+
+
+def test_the_transport_plan_is_the_cheapest_assignment(monkeypatch):
+    """As many items as codes: of the 720 ways to give each its own, the one of least squared distance."""
+    monkeypatch.setattr(stage, "SINKHORN_EPSILON", 0.01)
+    monkeypatch.setattr(stage, "SINKHORN_STEPS", 5000)
+    for seed in range(5):
+        x, centroids = points(6, seed=seed).numpy(), points(6, seed=seed + 10).numpy()
+        square = ((x[:, None] - centroids) ** 2).sum(2)
+        best = min(itertools.permutations(range(6)), key=lambda way: square[range(6), way].sum())
+        assert stage.transport_plan(x, centroids).argmax(1).tolist() == list(best)
+
+
+def test_sinkhorn_touches_no_prefix_without_collisions():
+    codes, residuals, book = crowd()
+    codes[:5] = [[9, 9, n] for n in range(5)]
+    before = codes.copy()
+    after = stage.resolve_collisions(codes, residuals, book, "sinkhorn", 0)
+    assert np.array_equal(codes, before)
+    assert stage.count_collisions(after) == 0 and np.array_equal(after[:, :-1], codes[:, :-1])
+    assert np.array_equal(after[:5], codes[:5])
+    nearest = stage.resolve_collisions(codes, residuals, book, "nearest", 0)
+    moved, moved_by_nearest = ((sids[:, -1] != codes[:, -1]).sum() for sids in (after, nearest))
+    assert moved > moved_by_nearest == stage.count_collisions(codes)    # nobody keeps a shared SID
+    assert np.array_equal(after, stage.resolve_collisions(codes, residuals, book, "sinkhorn", 1))
+
+
+def test_one_round_of_sinkhorn_is_the_plan_of_those_that_share(monkeypatch):
+    codes, residuals, book = crowd(count=5, k=16)
+    codes[:] = [[0, 0, 2], [0, 0, 2], [0, 0, 3], [0, 0, 2], [0, 1, 2]]
+    after = stage.resolve_collisions(codes, residuals, book, "sinkhorn", 0)
+    plan = stage.transport_plan(residuals[[0, 1, 3]], book)
+    assert after[[0, 1, 3], -1].tolist() == plan.argmax(1).tolist() and 3 not in plan.argmax(1)
+    assert after[[2, 4]].tolist() == codes[[2, 4]].tolist()
+
+
+def test_sinkhorn_cannot_part_equal_items_but_nearest_can():
+    codes, residuals = np.zeros((6, 3), int), np.ones((6, 4), np.float32)
+    book = crowd()[2]
+    after = stage.resolve_collisions(codes, residuals, book, "sinkhorn", 0)
+    nearest_first = ((book - 1) ** 2).sum(1).argsort()
+    assert len(np.unique(after[:, -1])) == 6
+    assert len(set(after[:, -1]) & set(nearest_first[:6])) >= 5
+
+
 def test_random_is_reproducible_by_seed():
     codes, residuals, book = crowd(k=40)
     first, again, other = (stage.resolve_collisions(codes, residuals, book, "random", s) for s in (1, 1, 2))
@@ -203,7 +370,7 @@ def test_random_is_reproducible_by_seed():
     assert np.array_equal(*nearest)
 
 
-@pytest.mark.parametrize("policy", ["nearest", "random"])
+@pytest.mark.parametrize("policy", ["nearest", "random", "sinkhorn"])
 def test_old_rows_never_move_not_even_those_that_share_a_sid(policy):
     codes, residuals, book = crowd(k=20)
     codes[1] = codes[0]                                     # an official index may hold collisions
@@ -548,6 +715,37 @@ def test_added_items_are_reduced_like_the_old_ones(toy_data, tmp_path):
     assert [item["sid"][:2] for item in items[60:]] == [item["sid"][:2] for item in items[:5]]
 
 
+@pytest.mark.parametrize("flags", [(), ("--dim", 6), ("--collision", "sinkhorn")])
+def test_an_rqvae_run_is_reproducible_and_takes_new_items(flags, toy_data, tmp_path, capsys, monkeypatch):
+    for name, value in (("RQVAE_UPDATES", 200), ("RQVAE_RESTART", 20), ("RQVAE_LR", 1e-3)):
+        monkeypatch.setattr(stage, name, value)
+    for name in ("one", "two"):
+        call(stage, "--data", toy_data, "--run", tmp_path / name, "--codebook-size", 16, "--quantizer", "rqvae",
+             *flags)
+    out = capsys.readouterr().out
+    assert out.count("level   a | mse") == 2 and out.count(" 0 after") == 2
+    for file in ("items.jsonl", *(f"{name}.jsonl" for name in SAMPLES)):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    one, two = (torch.load(tmp_path / name / "codebook.pt", weights_only=True) for name in ("one", "two"))
+    assert one["centroids"].shape == (3, 16, 32) and torch.equal(one["centroids"], two["centroids"])
+    for layer, same in zip(one["encoder"]["rqvae"], two["encoder"]["rqvae"]):
+        assert all(torch.equal(*pair) and not pair[0].requires_grad for pair in zip(layer, same))
+
+    monkeypatch.setattr(stage, "fit_rqvae", stop_here)                  # no second training
+    copies = [{**item, "item_id": f"copy{n}"} for n, item in enumerate(toy_items(5))]
+    copies += [{"item_id": 999, "title": "Something unheard of"}]
+    before = (tmp_path / "one" / "items.jsonl").read_bytes()
+    policy = flags if "--collision" in flags else ()
+    call(stage, "--run", tmp_path / "one", "--add", write_lines(tmp_path / "new.jsonl", copies), *policy)
+    assert (tmp_path / "one" / "items.jsonl").read_bytes().startswith(before)
+    items = stage.read_catalogue(tmp_path / "one" / "items.jsonl")
+    assert [item["sid"][:2] for item in items[60:65]] == [item["sid"][:2] for item in items[:5]]
+    assert len({tuple(item["sid"]) for item in items}) == 66
+    x = stage.encode([stage.item_text(item) for item in items[60:]], one["encoder"], CPU)
+    assert x.shape == (6, 32)
+    assert stage.codes_of(items)[60:, :2].tolist() == stage.quantize(x, one["centroids"])[0][:, :2].tolist()
+
+
 def test_bad_codebooks(run, tmp_path, capsys):
     new = write_lines(tmp_path / "new.jsonl", [{"item_id": 999, "title": "Acme steel rod"}])
     catalogue, codebook = run / "items.jsonl", run / "codebook.pt"
@@ -626,6 +824,7 @@ BAD_USERS = {       # what is wrong: (content of interactions.jsonl, words of th
 BAD_FLAGS = {       # what is wrong: (flags, words of the message)
     "no times": (("--split", "chronological"), ("line 2", "'timestamps'")),
     "K too large": (("--codebook-size", 61), ("codebook size 61", "60", "--codebook-size")),
+    "K too large for rqvae": (("--codebook-size", 61, "--quantizer", "rqvae"), ("codebook size 61", "60")),
     "full prefix": (("--codebook-size", 2, "--num-levels", 2), ("prefix <a_", "--codebook-size")),
     "no official split": (("--split", "official"), ("train.jsonl", "cannot be read")),
     "no device": (("--device", "nonsense"), ("--device nonsense",))}
@@ -671,6 +870,7 @@ def test_as_a_user_sees_it(tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--no-such-flag"], ["--num-levels", "1"], ["--num-levels", "9"], ["--max-history", "0"], ["--add"],
     ["--codebook-size", "-1"], ["--collision", "never"], ["--split", "half"], ["--batch-tokens", "0"],
+    ["--quantizer", "pq"], ["--quantizer"], ["--quantizer", ""],
     ["--dim", "-1"], ["--seed", "-1"], ["--seed", str(2 ** 70)], ["--seed", "x"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
