@@ -10,8 +10,8 @@ A memory stands beside the model, as in kNN-LM (arXiv 1911.00172), with counts o
 
     p(item | history) = (1 - lambda m) p_LM(item | history) + lambda p_memory(item | history)
 
-p_memory sums to m, which is near 1 if the items of the history have many counts, and 0 if they have none.
-The sum is exact inside the search: a prefix has the mass of its items, which are neighbours as leaves.
+p_memory sums to m: near 1 if the history's items have many counts, 0 if they have none. The search mixes
+exactly: a prefix has the mass of its items.
 
 Reads   RUN/sft.pt (or --checkpoint), items.jsonl, test.jsonl (or valid), train.jsonl (what is counted),
         queries.jsonl (for search), semantics.jsonl (meanings of tokens, if it exists)
@@ -34,26 +34,36 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from extract_semantics import read_queries, read_semantics
-from init_embeddings import (Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, leaves_below,
-                             load_model, new_items, sid_token_ids)
+from init_embeddings import (Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, load_model,
+                             new_items, read_in_bf16, sid_token_ids)
 from tokenize_items import (ID, codes_of, length_batches, make_parser, number, read_catalogue, read_jsonl,
                             read_samples, set_up, stop, write_jsonl)
 from train import TASKS, history_fields, make_pairs, prompt_ids
 
 # Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes, M most children, N items.
-CUTOFFS = (1, 3, 5, 10, 20, 50)
+CUTOFFS = (1, 3, 5, 10, 20, 50, 100)
 MEMORY_STEPS, MEMORY_DECAY, MEMORY_REVERSE, MEMORY_PRIOR = 10, 0.5, 0.5, 10
 KINDS = ("in the history", "followed the last item in train", "paired in train with the history",
          "seen in train", "never seen")
+EXPORTED = """# A recommender that generates semantic IDs (SIDs)
+
+Load it with AutoModelForCausalLM and AutoTokenizer, or serve this folder with any engine for such models.
+A prompt is plain text, without a chat template:
+
+    {prompt}
+
+The answer is {levels} tokens, the SID of the next item; sids.jsonl says which item that is. Without a
+constraint the model can generate a SID that no item has: give the engine the SIDs as its list of choices.
+Beam search finds several items. The memory of evaluate.py is not in this folder.
+"""
 SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 
 # ---- The memory: counts of item pairs ----------------------------
@@ -68,43 +78,47 @@ def count_pairs(samples: list[dict]) -> dict:
         for steps, item_id in enumerate(sample["history"][:-MEMORY_STEPS - 1:-1]):
             counts[item_id][sample["target"]] += MEMORY_DECAY ** steps
             counts[sample["target"]][item_id] += MEMORY_REVERSE * MEMORY_DECAY ** steps
-    return {item_id: {other: n / (row.total() + MEMORY_PRIOR) for other, n in row.items()}
-            for item_id, row in counts.items()}
+    pairs = {}
+    for item_id, row in counts.items():
+        pairs[item_id] = {other: n / (row.total() + MEMORY_PRIOR) for other, n in row.items()}
+    return pairs
 
-def recall(history: list, pairs: dict, known, skip: set) -> dict:
-    """p_memory(item | history) of the known items but `skip`, most likely first; sums to at most 1.
+def recall(history: list, pairs: dict, known) -> dict:
+    """p_memory(item | history) of the known items, most likely first; sums to at most 1.
 
     It is the mean of the shares of the history's items, with weights 0.5 ** (steps from the end).
     """
     found: Counter = Counter()
-    total = sum(MEMORY_DECAY ** steps for steps in range(len(history)))
-    for steps, item_id in enumerate(reversed(history)):
+    weights = [MEMORY_DECAY ** steps for steps in range(len(history))]
+    for weight, item_id in zip(weights, reversed(history)):
         for other, share in pairs.get(item_id, {}).items():
-            if other in known and other not in skip:
-                found[other] += MEMORY_DECAY ** steps / total * share
+            if other in known:
+                found[other] += weight / sum(weights) * share
     return dict(found.most_common())
 
 class Memory(NamedTuple):
     """What the memory says to each prompt of a batch, sparse: S leaves at most, ascending."""
-    leaves: Tensor                      # (B, S), padded with a number beyond all leaves
-    before: Tensor                      # (B, S + 1), lambda * mass of the leaves before each one
-    share: Tensor                       # (B, 1, 1), lambda * mass of all
+    leaves: Tensor  # (B, S), padded with a number beyond all leaves
+    before: Tensor  # (B, S + 1), lambda * mass of the leaves before each one
+    share: Tensor   # (B, 1, 1), lambda * mass of all
 
 def make_memory(recalled: list[dict], leaf_of: dict, weight: float, device: torch.device) -> Memory:
     """Sort what was recalled for each prompt, {item_id: mass}, by leaf; weight: lambda."""
     rows = [sorted((leaf_of[item_id], mass) for item_id, mass in found.items()) for found in recalled]
     leaves = [torch.tensor([leaf for leaf, _ in row], dtype=torch.long) for row in rows]
     masses = [torch.tensor([weight * mass for _, mass in row], dtype=torch.double) for row in rows]
-    before = F.pad(pad_sequence(masses, batch_first=True).cumsum(1), (1, 0))
-    leaves = pad_sequence(leaves, batch_first=True, padding_value=2 ** 62)
-    return Memory(leaves.to(device), before.to(device), before[:, -1:, None].float().to(device))
+    before = F.pad(pad_sequence(masses, batch_first=True).cumsum(1), (1, 0)).to(device)
+    leaves = pad_sequence(leaves, batch_first=True, padding_value=2 ** 62).to(device)
+    return Memory(leaves, before, before[:, -1:, None].float())
 
 def remembered(trie: Trie, depth: int, nodes: Tensor, memory: Memory) -> Tensor:
     """lambda * the memory's mass below each node of that depth; nodes (B, W, M) -> (B, W, M)."""
-    ends = [torch.searchsorted(memory.leaves, end.flatten(1).long().contiguous())
-            for end in leaves_below(trie, depth, nodes)]
-    before, until = (memory.before.gather(1, end) for end in ends)
-    return (until - before).view_as(nodes).float()
+    low, high = nodes, nodes + 1
+    for first_child in trie.first_child[depth:]:  # the leaves below a node are neighbours
+        low, high = first_child[low], first_child[high]
+    ends = (end.flatten(1).long().contiguous() for end in (low, high))
+    low, high = (torch.searchsorted(memory.leaves, end) for end in ends)
+    return (memory.before.gather(1, high) - memory.before.gather(1, low)).view_as(nodes).float()
 
 # ---- Sampling ----------------------------------------------------
 def add_gumbel(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -126,10 +140,10 @@ def perturb(scores: Tensor, parent: Tensor, generator: torch.Generator) -> Tenso
 # ---- Tree attention and the search -------------------------------
 class Prefix(NamedTuple):
     """The prompts, read once."""
-    cache: DynamicCache                 # their keys and values; tree tokens are appended
-    lengths: Tensor                     # (B,) tokens of each prompt
-    width: int                          # T
-    last: Tensor                        # (B, 1, D) hidden states of the last tokens
+    cache: DynamicCache  # their keys and values; tree tokens are appended
+    lengths: Tensor      # (B,) tokens of each prompt
+    width: int           # T
+    last: Tensor         # (B, 1, D) hidden states of the last tokens
 
 def prefill(model, prompts: list[list[int]], precision: str = "cuda") -> Prefix:
     """Read the prompts. A plain DynamicCache keeps them whole, even with a sliding window."""
@@ -142,7 +156,7 @@ def prefill(model, prompts: list[list[int]], precision: str = "cuda") -> Prefix:
     return Prefix(cache, lengths, ids.shape[1], last[:, None])
 
 def tree_mask(lengths: Tensor, width: int, ancestors: list[Tensor], slots: list[int]) -> Tensor:
-    """Who may see whom: each beam its user's prompt and its own ancestors, itself included.
+    """Who may see whom: each beam its user's prompt, its ancestors and itself.
 
     ancestors: for each depth, which of that depth's `slots` beams is each beam's ancestor (B, W)
     -> (B, 1, W, T + sum(slots)), True where a key may be read.
@@ -169,19 +183,16 @@ def follow(ancestors: list[Tensor], parent: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], num_beams: int,
-                allowed: Tensor | None = None, sample: torch.Generator | None = None,
+                sample: torch.Generator | None = None,
                 memory: Memory | None = None) -> tuple[Tensor, Tensor]:
     """The best SIDs of each prompt; -> leaves (B, W), their log-probabilities (B, W), best first.
 
     L forward passes: the prompts, then one per further level. Scores of -inf at the end are not results:
-    there were fewer SIDs than beams. allowed (B or 1, leaves), bool: only these SIDs exist for that prompt.
+    there were fewer SIDs than beams.
     sample, a generator: draw distinct SIDs without replacement from the policy, in the order of the draws.
     memory: a prefix has the probability (1 - lambda m) p_LM + lambda p_memory, and so has each SID.
     """
-    head, counts, batch = model.get_output_embeddings().weight, None, len(prompts)
-    if allowed is not None:
-        counts = allowed.to(model.device).cumsum(1, dtype=torch.int32)
-        counts = F.pad(counts, (1, 0)).expand(batch, -1)
+    head, batch = model.get_output_embeddings().weight, len(prompts)
     prefix = prefill(model, prompts)
     hidden, best, ancestors, slots = prefix.last, None, [], []
     nodes = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
@@ -189,13 +200,13 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
     perturbed = add_gumbel(scores, sample) if sample else scores
     for level in range(len(trie.codes)):
         if level:
-            tokens = sid_ids[level - 1][trie.codes[level - 1][nodes]]        # (B, W)
+            tokens = sid_ids[level - 1][trie.codes[level - 1][nodes]]  # (B, W)
             ancestors = follow(ancestors, best // trie.max_children[level - 1])
             slots.append(tokens.shape[1])
             hidden = read_tokens(model, tokens, prefix, level - 1, ancestors, slots)
-        logits = hidden.float() @ head[sid_ids[level]].float().T             # (B, W, K)
-        children, log_probs = expand(trie, level, nodes, logits, counts)
-        total = mixed = scores[..., None] + log_probs                        # (B, W, M)
+        logits = hidden.float() @ head[sid_ids[level]].float().T  # (B, W, K)
+        children, log_probs = expand(trie, level, nodes, logits)
+        total = mixed = scores[..., None] + log_probs  # (B, W, M)
         if memory:
             mass = remembered(trie, level + 1, children, memory).masked_fill(total == -torch.inf, 0)
             mixed = torch.logaddexp((1 - memory.share).log() + total, mass.log())
@@ -207,48 +218,37 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
 
 class Ranking(NamedTuple):
     """What the search found for one user, best first."""
-    items: list                         # item_ids
-    scores: list[float]                 # their log-probabilities
-    leaves: list[int]                   # the SIDs
-
-def leaf_filter(trie: Trie, excluded: list[list[int]]) -> Tensor:
-    """Which SIDs each user has left without those rows: any with another item; (B, leaves)."""
-    keep = np.ones((len(excluded), len(trie.leaf_items)), dtype=bool)
-    for user, rows in enumerate(excluded):
-        keep[user, rows] = False
-    keep = np.logical_or.reduceat(keep[:, trie.leaf_items], trie.leaf_start[:-1], axis=1)
-    return torch.from_numpy(keep)
+    items: list          # item_ids
+    scores: list[float]  # their log-probabilities
+    leaves: list[int]    # the SIDs
 
 def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list[list[int]],
                num_beams: int, batch_tokens: int, skip: list[set] | None = None,
                recalled: list[dict] | None = None, weight: float = 0.0) -> list[Ranking]:
-    """Rank the catalogue `item_ids` (N,) for every prompt, without the items to `skip` for it.
+    """Rank the catalogue `item_ids` (N,) for every prompt; -> up to `num_beams` SIDs for each.
 
+    skip: items to leave out, by searching with as many more beams.
     recalled: p_memory for every prompt, {item_id: mass}, mixed in with this weight (lambda).
     """
-    row_of = {item_id: row for row, item_id in enumerate(item_ids)}
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
+    skip = skip or [set()] * len(prompts)
     rankings: list = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc="search", unit="user", disable=None)
     for users in length_batches([len(prompt) for prompt in prompts], batch_tokens):
-        allowed = None
-        if skip and any(skip):
-            allowed = leaf_filter(trie, [[row_of[i] for i in skip[user] if i in row_of] for user in users])
+        beams = num_beams + max(len(skip[user]) for user in users)
         memory = None
         if weight:
             memory = make_memory([recalled[user] for user in users], leaf_of, weight, model.device)
-        found = beam_search(model, trie, sid_ids, [prompts[user] for user in users], num_beams, allowed,
-                            memory=memory)
+        found = beam_search(model, trie, sid_ids, [prompts[user] for user in users], beams, memory=memory)
         for user, leaves, scores in zip(users, *(part.tolist() for part in found)):
             rankings[user] = ranking = Ranking([], [], [])
             for leaf, score in zip(leaves, scores):
-                if score == -math.inf:
-                    break
-                ranking.leaves.append(leaf)
-                for row in trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]:
-                    if not skip or item_ids[row] not in skip[user]:
-                        ranking.items.append(item_ids[row])
-                        ranking.scores.append(score)
+                rows = trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]
+                items = [item_ids[row] for row in rows if item_ids[row] not in skip[user]]
+                if items and score > -math.inf and len(ranking.leaves) < num_beams:
+                    ranking.items.extend(items)
+                    ranking.scores.extend([score] * len(items))
+                    ranking.leaves.append(leaf)
         bar.update(len(users))
     bar.close()
     return rankings
@@ -268,10 +268,10 @@ def rank_metrics(ranks: list[int | None], cutoffs: tuple[int, ...]) -> dict[str,
 
 def yardsticks(train: list[dict], samples: list[dict], item_ids: list, skip: list[set],
                recalled: list[dict], depth: int) -> dict[str, list[list]]:
-    """Three counts of train.jsonl as rankings, one per sample.
+    """Three counts of train.jsonl as rankings, one per sample; popular items follow.
 
-    popularity: items by how often they are a target. bigram: items that followed the history's last
-    item, most frequent first. skip-gram: the memory alone. Popular items follow.
+    popularity: how often an item is a target. bigram: what followed the history's last item.
+    skip-gram: the memory alone.
     """
     popular, followers = Counter(sample["target"] for sample in train), defaultdict(Counter)
     for sample in train:
@@ -300,24 +300,30 @@ def what_training_showed(train: list[dict], samples: list[dict]) -> list[str]:
         kinds.append(KINDS[facts.index(True)])
     return kinds
 
-def rank_results(facts: dict, trie: Trie, item_ids: list, targets: list, rankings: dict[str, list],
-                 leaves: dict[str, list], kinds: list[str]) -> list[dict]:
-    """One row of the table per method: figures by item and, if SIDs collide, by SID (`leaves`).
+def hits_by_kind(ranks: list[int | None], kinds: list[str]) -> dict[str, dict]:
+    """The figures of each kind of target."""
+    found = {}
+    for kind in sorted(set(kinds), key=KINDS.index):
+        of_kind = [rank for rank, k in zip(ranks, kinds) if k == kind]
+        found[kind] = {"n": len(of_kind), **rank_metrics(of_kind, (1, 10))}
+    return found
 
-    rankings: a method's items for every sample. kinds: what training has shown of each target.
-    """
+def hits_by_level(targets: list, ranked: list[list], sid_of: dict) -> list[float]:
+    """How often the best item has the target's first code, then also its second, and so on; (L,)."""
+    depths = range(1, len(sid_of[targets[0]]) + 1)
+    best = [(sid_of[target], sid_of[items[0]]) for target, items in zip(targets, ranked) if items]
+    return [sum(a[:depth] == b[:depth] for a, b in best) / len(targets) for depth in depths]
+
+def measure(facts: dict, items: list[dict], targets: list, rankings: dict[str, list],
+            leaves: dict[str, list], leaf_of: dict, kinds: list[str]) -> list[dict]:
+    """One row per method: figures by item and, if SIDs collide, by SID. rankings, leaves: by method."""
     cutoffs, results = tuple(k for k in CUTOFFS if k <= facts["num_beams"]), []
+    sid_of = {item["item_id"]: item["sid"] for item in items}
     for method, ranked in rankings.items():
         ranks = [rank_of(target, ranking) for target, ranking in zip(targets, ranked)]
-        row = {**facts, "method": method, "level": "item", **rank_metrics(ranks, cutoffs)}
-        for kind in sorted(set(kinds), key=KINDS.index):
-            of_kind = [rank for rank, k in zip(ranks, kinds) if k == kind]
-            hits = rank_metrics(of_kind, (1, 10))
-            row.setdefault("kinds", {})[kind] = {"n": len(of_kind), "HR@1": hits["HR@1"],
-                                                 "HR@10": hits["HR@10"]}
-        results.append(row)
-    if len(trie.leaf_start) - 1 < len(item_ids):
-        leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
+        results.append({**facts, "method": method, "level": "item", **rank_metrics(ranks, cutoffs),
+                        "codes": hits_by_level(targets, ranked, sid_of), "kinds": hits_by_kind(ranks, kinds)})
+    if len(set(leaf_of.values())) < len(leaf_of):
         for method, ranked in leaves.items():
             ranks = [rank_of(leaf_of.get(target), row) for target, row in zip(targets, ranked)]
             results.append({**facts, "method": method, "level": "sid", **rank_metrics(ranks, cutoffs)})
@@ -332,13 +338,18 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[head]:>9.4f}" for head in heads))
 
-def print_kinds(rows: list[dict]) -> None:
-    """HR@1 / HR@10 of each method by what training has shown of the target."""
+def print_details(rows: list[dict]) -> None:
+    """HR@1 / HR@10 by what training has shown of the target; then how far the best SIDs are right."""
     heads = "".join(f"{row['method'][-18:]:>20}" for row in rows)
     print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}{heads}")
     for kind, first in rows[0]["kinds"].items():
         hits = [f"{row['kinds'][kind]['HR@1']:.3f} / {row['kinds'][kind]['HR@10']:.3f}" for row in rows]
         print(f"{kind:<34}{first['n']:>6}" + "".join(f"{hit:>20}" for hit in hits))
+    for level in range(len(rows[0]["codes"])):
+        name = f"code {level + 1} of the best item right" + (", if all before" if level else "")
+        before = [row["codes"][level - 1] if level else 1 for row in rows]
+        shares = [row["codes"][level] / max(b, 1e-9) for row, b in zip(rows, before)]
+        print(f"{name:<46}" + "".join(f"{share:>20.3f}" for share in shares)[6:])
 
 def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str, list[str]],
               masses: dict, target=None) -> None:
@@ -363,6 +374,19 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
         rank = rank_of(target, ranking.items)
         print(f"target: {f'rank {rank}' if rank else 'not found'}, {in_words(target)}\n")
 
+def export(folder: Path, model, tokenizer, items: list[dict], instruction: str) -> None:
+    """Write the checkpoint as a Hugging Face folder, with sids.jsonl: {"sid", "item_id", "title"}."""
+    if folder.exists():
+        stop(f"--export {folder}: exists already; name a new folder")
+    rows = [{**item, "sid": "".join(item["sid"])} for item in items]
+    write_jsonl(folder / "sids.jsonl", [{k: row[k] for k in ("sid", "item_id", "title")} for row in rows])
+    levels = len(items[0]["sid"])
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=levels)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(EXPORTED.format(levels=levels, prompt=instruction), encoding="utf-8")
+    print(f"wrote {folder}: config, weights, tokenizer, sids.jsonl, README.md")
+
 # ---- Command line ------------------------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "device")
@@ -382,6 +406,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--limit", type=number(int, 0), default=0, help="only the first so many samples; 0: all")
     flag("--show", type=number(int, 0), default=0, help="print so many users' recommendations")
     flag("--history", help="comma-separated item_ids: print ten recommendations and stop")
+    flag("--export", metavar="DIR", help="write a Hugging Face folder that engines serve, and stop")
     args = parser.parse_args(argv)
     if args.history and args.task and not TASKS[args.task].recommends:
         parser.error(f"--history needs a task with a history, --task {args.task} has none")
@@ -398,8 +423,9 @@ def read_history(text: str, items: list[dict]) -> list:
     """The item_ids in "12,55,89"."""
     id_of = {str(item["item_id"]): item["item_id"] for item in items}
     names = [name.strip() for name in text.split(",")]
-    if not id_of.keys() >= set(names):
-        stop(f"--history: {', '.join(set(names) - id_of.keys())} is not in the catalogue")
+    for name in names:
+        if name not in id_of:
+            stop(f"--history: {name} is not in the catalogue")
     return [id_of[name] for name in names]
 
 def read_pairs(run: Path, task: str, split: str, items: list[dict], limit: int) -> list:
@@ -420,13 +446,8 @@ def main() -> None:
     items = read_catalogue(run / "items.jsonl")
     path = Path(args.checkpoint or run / "sft.pt")
     model, tokenizer, checkpoint = load_model(path, device, items)
-    if device.type == "cuda":
-        for p in model.parameters():    # not the buffers: rotary frequencies stay
-            p.data = p.data.to(torch.bfloat16)
     sid, item_of = checkpoint["sid"], {item["item_id"]: item for item in items}
     task = args.task or checkpoint["args"].get("recommends", "next")
-    source = TASKS[task].source
-    num_beams = args.num_beams or (5 if source == "items" else 20)
 
     # What is asked
     if args.history:
@@ -436,12 +457,12 @@ def main() -> None:
     else:
         pairs = read_pairs(run, task, args.split, items, args.limit)
         instructions, rows = [pair.instruction for pair in pairs], [pair.row for pair in pairs]
+    if args.export:
+        export(Path(args.export), model, tokenizer, items, instructions[0])
+        return
     prompts = prompt_ids(tokenizer, instructions)
-    longest = max(len(prompt) for prompt in prompts)
-    check_lengths(longest + sid["num_levels"] - 1, model.config, in_search=True)
-    facts = {"method": path.name, "task": task, "split": args.split if source == "samples" else "test",
-             "n": len(rows), "num_beams": num_beams, "exclude_history": args.exclude_history,
-             "candidates": args.candidates}
+    longest = max(len(prompt) for prompt in prompts) + sid["num_levels"] - 1
+    check_lengths(longest, model.config, in_search=True)
 
     # The memory
     candidates, unseen = pick_candidates(args.candidates, items), new_items(sid, items)
@@ -452,20 +473,23 @@ def main() -> None:
         train = read_samples(run / "train.jsonl", set(item_of))
         counted = read_samples(args.memory_from, set(item_of)) if args.memory_from else train
         pairs, known = count_pairs(counted), set(item_ids)
-        recalled = [recall(row["history"], pairs, known, skipped) for row, skipped in zip(rows, skip)]
+        recalled = [recall(row["history"], pairs, known) for row in rows]
 
     # The search
+    if device.type == "cuda":
+        read_in_bf16(model)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device,
                       torch.tensor([item_id in unseen for item_id in item_ids]))
+    num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
     start, found = time.time(), {}
     for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):
         name = f"{path.name} + memory {weight:g}" if weight else path.name
         found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,
                                             args.batch_tokens, skip, recalled, weight)
-    facts["seconds"] = max(0.01, round(time.time() - start, 2))
+    seconds = max(0.01, round(time.time() - start, 2))
 
-    # What it found
+    # Some users in words
     targets = [row.get("target", row.get("item_id")) for row in rows]
     keywords = {}
     if (run / "semantics.jsonl").exists():
@@ -476,23 +500,27 @@ def main() -> None:
         show_user(rows[n].get("history", []), rankings[n], item_of, keywords, masses, targets[n])
     if args.history:
         return
+
+    # Figures
     ranked = {method: [ranking.items for ranking in found[method]] for method in found}
     leaves = {method: [ranking.leaves for ranking in found[method]] for method in found}
-    kinds = []
+    kinds = what_training_showed(train, rows) if train else []
     if train:
         ranked = yardsticks(train, rows, item_ids, skip, recalled, num_beams) | ranked
-        kinds = what_training_showed(train, rows)
-    results = rank_results(facts, trie, item_ids, targets, ranked, leaves, kinds)
+    split = args.split if TASKS[task].source == "samples" else "test"
+    facts = {"task": task, "split": split, "n": len(rows), "num_beams": num_beams, "seconds": seconds,
+             "exclude_history": args.exclude_history, "candidates": args.candidates}
+    leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
+    results = measure(facts, items, targets, ranked, leaves, leaf_of, kinds)
     predictions = [{"user_id": str(row.get("user_id", "")), "target": target, "items": ranking.items,
                     "scores": ranking.scores} for row, target, ranking in zip(rows, targets, rankings)]
     out, metrics = args.predictions or run / "predictions.jsonl", args.metrics or run / "metrics.jsonl"
     write_jsonl(out, predictions)
     write_jsonl(metrics, (read_jsonl(metrics, {}) if Path(metrics).exists() else []) + results)
     print(f"{len(rows)} examples of {task} | {len(candidates)} items | {num_beams} beams | "
-          f"device {device} | {facts['seconds']:.1f} s, {len(rows) / facts['seconds']:.0f} per second")
+          f"device {device} | {seconds:.1f} s, {len(rows) / seconds:.0f} per second")
     print_table(results)
-    if kinds:
-        print_kinds([row for row in results if row["level"] == "item"])
+    print_details([row for row in results if row["level"] == "item"])
     print(f"wrote {metrics}, {out}")
 
 if __name__ == "__main__":

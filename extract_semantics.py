@@ -46,7 +46,7 @@ from tokenize_items import (ID, make_parser, number, parse_sid_token, read_catal
                             write_jsonl)
 
 MIN_KEYWORDS, MAX_KEYWORDS, TFIDF_KEYWORDS = 10, 20, 15
-DESCRIPTION_WEIGHT = 0.3                # of a word that is in an item's description but not in its title
+DESCRIPTION_WEIGHT = 0.3  # of a word that is in an item's description but not in its title
 STOP_WORDS = frozenset("""
 about above after all also and any are based because been before below best between both brand but can color
 comes different does each easy etc every extra feature features for from full get good great has have here
@@ -84,10 +84,10 @@ Use the language of real users; vary length and specificity.
 
 Answer in pure JSON, without any other text, {count} objects: [{{"query": "..."}}, ...]"""
 ASK_AGAIN = "That answer cannot be used: {problem}. Give the corrected JSON, without any other text."
-MAX_TEXT = 1000                         # characters of an item's description in a prompt
-RETRIES = 2                             # how often a bad answer is asked for again
-TIMEOUT = 120                           # seconds without a sign of the server
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)     # HTTP statuses that may pass
+MAX_TEXT = 1000  # characters of an item's description in a prompt
+RETRIES = 2      # how often a bad answer is asked for again
+TIMEOUT = 120    # seconds without a sign of the server
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
 # ---- Clusters (eq. 6) --------------------------------------------
 def make_clusters(items: list[dict]) -> dict[str, list[dict]]:
@@ -142,13 +142,10 @@ def choose_keywords(sample: list[dict[str, float]], frequency: Counter, num_item
     return keywords or ["product"]
 
 def describe(keywords: list[str]) -> str:
-    """Three sentences around the keywords, for TS-Align."""
-    text = f"This product family covers {', '.join(keywords[:3])}."
-    if len(keywords) > 3:
-        text += f" Typical items involve {', '.join(keywords[3:6])}."
-    if len(keywords) > 6:
-        text += f" Common traits concern {', '.join(keywords[6:10])}."
-    return text
+    """Up to three sentences around the keywords, for TS-Align."""
+    parts = {"This product family covers": keywords[:3], "Typical items involve": keywords[3:6],
+             "Common traits concern": keywords[6:10]}
+    return " ".join(f"{start} {', '.join(words)}." for start, words in parts.items() if words)
 
 def plain_queries(item: dict, count: int, seed: int) -> list[str]:
     """Up to `count` different queries: two or three words of the title, at times with the brand."""
@@ -157,13 +154,12 @@ def plain_queries(item: dict, count: int, seed: int) -> list[str]:
     words = [word for word in words_of(text) if len(word) > 2 and word not in STOP_WORDS]
     words = list(dict.fromkeys(words))[:12] or [text.strip()]
     queries = {}
-    for _ in range(20 * count):         # short titles allow few different ones
+    for _ in range(20 * count):  # short titles allow few different ones
         places = sorted(rng.sample(range(len(words)), min(rng.randint(2, 3), len(words))))
-        brand = item["brand"].lower() if rng.random() < 0.2 else ""
-        query = dict.fromkeys([*brand.split(), *(words[place] for place in places)])    # no word twice
-        if len(queries) < count:
-            queries[" ".join(query)] = None
-    return list(queries)
+        brand = item["brand"].lower().split() if rng.random() < 0.2 else []
+        query = dict.fromkeys(brand + [words[place] for place in places])  # no word twice
+        queries[" ".join(query)] = None
+    return list(queries)[:count]
 
 # ---- A language model as teacher (eq. 7): questions, rules for answers ----
 class Question(NamedTuple):
@@ -236,7 +232,7 @@ def parse_queries(text: str, count: int) -> list[str]:
 # ---- Asking an OpenAI-compatible server --------------------------
 def open_session(key: str, workers: int) -> requests.Session:
     """A session that sends the key in the header, and tries again after transient failures."""
-    def add_key(request):               # passed as `auth`, because ~/.netrc would replace a header
+    def add_key(request):  # passed as `auth`, because ~/.netrc would replace a header
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         return request
@@ -298,7 +294,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
                     arrived.put((name, ask(session, url, model, questions[name])))
                 except (requests.RequestException, OSError, ValueError) as error:
                     arrived.put((name, error))
-    for _ in range(workers):            # daemons do not keep a stopped script alive
+    for _ in range(workers):  # daemons do not keep a stopped script alive
         threading.Thread(target=work, daemon=True).start()
     try:
         with open(cache_path, "a", encoding="utf-8") as file:
@@ -329,8 +325,7 @@ def read_semantics(path: str | Path, items: list[dict]) -> list[dict]:
     for row in rows:
         strangers = [i for i in row.get("sampled") or [] if row["token"] not in sid_of.get(i, [])]
         if row["token"] not in used or strangers:
-            stop(f"{path}: {row['token']} is of other SIDs than those in items.jsonl; "
-                 "run extract_semantics.py again")
+            stop(f"{path}: {row['token']} is of other SIDs than items.jsonl; run extract_semantics.py again")
     return rows
 
 def read_queries(path: Path, known: set, split: str) -> list[dict]:
@@ -363,7 +358,7 @@ def main() -> None:
     items = read_catalogue(run / "items.jsonl")
     clusters, samples = make_clusters(items), {}
     for token, cluster in clusters.items():
-        rng = random.Random(f"{args.seed} {token}")             # other tokens do not change its draws
+        rng = random.Random(f"{args.seed} {token}")  # other tokens do not change its draws
         samples[token] = rng.sample(cluster, min(args.sample, len(cluster)))
     sizes = sorted(len(cluster) for cluster in clusters.values())
     print(f"teacher {args.teacher} | {len(items)} items, {len(clusters)} SID tokens in use | items per "

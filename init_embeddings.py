@@ -14,8 +14,8 @@ Writes  RUN/init.pt: config, tokenizer, weights and SID vocabulary in one file
 Differs from the paper
   1. `--backbone tiny` (default) builds a small Qwen2-shaped LM and pretrains it on the item texts.
   2. `--sa-norm`: none is eq. 9 as printed. vocab rescales each row to the vocabulary's average norm, as
-     the authors' code does. centered (default) first subtracts what all SA rows have in common, since
-     they point in nearly the same direction: e_s <- mu + (e_s - mean_s e_s), at the mean |e_v - mu|.
+     the authors' code does. centered (default) first subtracts what all SA rows have in common:
+     e_s <- mu + (e_s - mean_s e_s), at the mean |e_v - mu|.
   3. An untied LM head is initialised in the same way, from its own rows.
 
 Examples
@@ -39,21 +39,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as full_state
-from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast,
                           Qwen2Tokenizer)
 
 from extract_semantics import read_semantics
-from tokenize_items import (LEVELS, atomic_write, codes_of, item_text, load_pretrained, load_pt, make_parser,
+from tokenize_items import (atomic_write, codes_of, item_text, load_pretrained, load_pt, make_parser,
                             number, parse_sid_token, read_catalogue, set_up, sid_token, stop)
 
 # Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 PRETRAIN_WINDOW, PRETRAIN_BATCH, PRETRAIN_LR = 128, 16, 2e-3
-LORA_ALPHA, LORA_DROPOUT = 32, 0.05     # STAR, A.4
-NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep")     # flags that --resume may change
-FULL_STATE = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+NORMAL_STD = 0.02                    # of new rows in Hugging Face's models
+LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # STAR, A.4
+NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep")  # flags that --resume may change
 # The tiny BPE is trained on this text too, so that prompts are not spelled by letters.
 PROMPT_ENGLISH = (
     "The user bought. Which item has the title? What is the title of item? Identify the specific SID token "
@@ -95,11 +93,10 @@ def rescale(rows: Tensor, text_rows: Tensor, sa_norm: str) -> Tensor:
     length = (text_rows - center).norm(dim=1).mean()
     return center + rows * (length / rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
-def gaussian_rows(text_rows: Tensor, count: int, seed: int) -> Tensor:
-    """Draw from N(mu, Sigma) fitted to the pretrained rows (section 3.2.2); (V, D) -> (count, D)."""
+def gaussian_rows(text_rows: Tensor, noise: Tensor) -> Tensor:
+    """Rows of N(mu, Sigma) fitted to the pretrained rows (section 3.2.2); (V, D), N(0, 1) noise (n, D)."""
     mu = text_rows.mean(0)
     variances, axes = torch.linalg.eigh((text_rows - mu).T @ (text_rows - mu) / len(text_rows))
-    noise = torch.randn(count, len(mu), generator=torch.Generator().manual_seed(seed)).to(text_rows)
     return mu + (noise * variances.clamp_min(0).sqrt()) @ axes.T
 
 def initial_rows(text_rows: Tensor, keyword_ids: dict[tuple[int, int], list[int]], num_levels: int,
@@ -108,7 +105,11 @@ def initial_rows(text_rows: Tensor, keyword_ids: dict[tuple[int, int], list[int]
     Tokens without keywords, and levels from `sa_depth` on, are gaussian."""
     if init == "mean":
         return text_rows.mean(0).expand(num_levels, codebook_size, -1)
-    rows = gaussian_rows(text_rows, num_levels * codebook_size, seed).view(num_levels, codebook_size, -1)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num_levels, codebook_size, text_rows.shape[1], generator=generator).to(text_rows)
+    if init == "normal":
+        return NORMAL_STD * noise
+    rows = gaussian_rows(text_rows, noise)
     tokens = [token for token in sorted(keyword_ids) if token[0] < sa_depth]
     if init == "sa" and tokens:
         levels, codes = zip(*tokens)
@@ -139,13 +140,13 @@ def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)
     window, losses = min(PRETRAIN_WINDOW, len(tokens) - 1), []
-    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")    # its backward is slow there
+    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")  # its backward is slow there
     model.train()
     for _ in tqdm(range(steps), desc="pretrain", unit="step", disable=None):
         starts = torch.randint(len(tokens) - window, (PRETRAIN_BATCH, 1), generator=generator)
-        batch = tokens[starts + torch.arange(window + 1)].to(model.device)      # (B, T + 1)
+        batch = tokens[starts + torch.arange(window + 1)].to(model.device)  # (B, T + 1)
         with autocast(model.device, "fast"):
-            logits = model(batch[:, :-1], use_cache=False).logits               # (B, T, V)
+            logits = model(batch[:, :-1], use_cache=False).logits  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -176,8 +177,8 @@ def build_tiny(texts: list[str], width: int, layers: int, vocab_size: int, steps
 
 def load_backbone(name: str, device: torch.device):
     """A Hugging Face causal LM and its tokenizer, in float32."""
-    model, tokenizer = load_pretrained(AutoModelForCausalLM, name, dtype=torch.float32,
-                                       attn_implementation="sdpa")
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    model, tokenizer = load_pretrained(AutoModelForCausalLM, name, **options)
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         stop(f"--backbone {name}: has no fast tokenizer with an end token; choose another model")
     return model.to(device), tokenizer
@@ -193,7 +194,7 @@ def check_head(model, name: str) -> None:
     if not torch.allclose(logits, hidden @ head.T, atol=1e-3, rtol=1e-3):
         stop(f"--backbone {name}: logits are not last hidden state times a matrix; choose another")
 
-# ---- Low-rank adapters (train.py --lora) and dropout --------------
+# ---- Low-rank adapters (train.py --lora) and dropout ------------
 class LoRA(nn.Module):
     """y = W x + alpha / R * B A dropout(x), with W frozen and B = 0 at first (arXiv 2106.09685)."""
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -210,17 +211,17 @@ class LoRA(nn.Module):
 
 def add_lora(model, rank: int) -> None:
     """Put an adapter around every linear layer but the LM head, whatever its name."""
-    head, found = model.get_output_embeddings(), []
-    for parent in model.modules():
-        found += [(parent, name, child) for name, child in parent.named_children()
-                  if isinstance(child, nn.Linear) and child is not head]
+    head = model.get_output_embeddings()
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if isinstance(child, nn.Linear) and child is not head]
     if not found:
         stop("--lora: the backbone has no torch.nn.Linear layers; train it without --lora")
     for parent, name, child in found:
         setattr(parent, name, LoRA(child, rank))
 
-def merge_lora(model, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged_weights(model) -> dict[str, Tensor]:
     """The weights of the same model without adapters: W becomes W + alpha / R * B A."""
+    weights = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             a, b = weights.pop(f"{name}.a"), weights.pop(f"{name}.b")
@@ -263,11 +264,10 @@ def tied_names(model) -> set[str]:
     once = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
 
-def save_model(path: str | Path, model, tokenizer, sid: dict, weights: dict | None = None,
-               **extra) -> None:
-    """Write a checkpoint, tied weights once. `weights`: gathered shards or merged adapters."""
-    tied, weights = tied_names(model), weights or model.state_dict()
-    weights = {name: weight.detach() for name, weight in weights.items() if name not in tied}
+def save_model(path: str | Path, model, tokenizer, sid: dict, **extra) -> None:
+    """Write a checkpoint: tied weights once, adapters merged."""
+    tied = tied_names(model)
+    weights = {name: weight.detach() for name, weight in merged_weights(model).items() if name not in tied}
     special = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad")}
     with atomic_write(path) as temporary:
         torch.save({"config": json.dumps(model.config.to_dict(), default=str), "weights": weights,
@@ -283,7 +283,7 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
         if sid_digest(known) != sid["digest"] or codes_of(items).max() >= sid["codebook_size"]:
             stop(f"{path} was made for another catalogue, with other SIDs; run init_embeddings.py again, "
                  "or name the run it belongs to")
-    config["pad_token_id"] = None       # padding is on the right, no row of the embedding is special
+    config["pad_token_id"] = None  # padding is on the right, no row of the embedding is special
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -299,44 +299,46 @@ def load_tokenizer(text: str, special: dict) -> PreTrainedTokenizerFast:
         path = Path(folder) / "tokenizer.json"
         path.write_text(text, encoding="utf-8")
         special = {name: token for name, token in special.items() if token}
-        return PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False,
-                                       **special)
+        special["clean_up_tokenization_spaces"] = False
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
 
 def autocast(device: torch.device, precision: str):
     """bf16 arithmetic over float32 weights; "fast": where the hardware has it, "cuda": only there."""
     on_cuda = device.type == "cuda"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()       # torch 2.11 has no such function
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has no such function
     on_cpu = capabilities.get("avx512_bf16", False)
     enabled = {"bfloat16": True, "fast": on_cuda or on_cpu, "cuda": on_cuda, "float32": False}[precision]
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+def read_in_bf16(model) -> None:
+    """Make the weights bf16, for a model that does not train. Buffers stay: rotary frequencies need them."""
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16)
 
 def count_parameters(model) -> float:
     """The number of parameters, in millions."""
     return sum(p.numel() for p in model.parameters()) / 1e6
 
-def position_limit(config, in_search: bool) -> float:
-    """The most tokens of a sequence. The cached passes of the search must fit a sliding window."""
+def check_lengths(longest: int, config, in_search: bool = False) -> float:
+    """Stop if a sequence is too long; -> the limit. The search's cache must fit a sliding window."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    return min(limit, window) if in_search and window else limit
-
-def check_lengths(longest: int, config, in_search: bool = False) -> None:
-    """Stop if a sequence is too long."""
-    limit = position_limit(config, in_search)
+    limit = min(limit, window) if in_search and window else limit
     if longest > limit:
         stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; make the run with "
              "a lower --max-history, or leave out tasks with long texts")
+    return limit
 
 # ---- The trie as flat tensors: for train.py, evaluate.py and rl.py ----
 class Trie(NamedTuple):
     """All SIDs as a prefix tree. The children of node n at depth l are first_child[l][n] up to
     first_child[l][n + 1]; their codes are codes[l]. Nodes of depth L are leaves, one per SID."""
-    first_child: list[Tensor]           # per level: (nodes + 1,)
-    codes: list[Tensor]                 # per level: (children,)
-    max_children: list[int]             # per level: M
-    is_new: list[Tensor]                # per level: (children,), are all items below new? Or []
-    leaf_start: np.ndarray              # (leaves + 1,) places in leaf_items
-    leaf_items: np.ndarray              # (N,) rows of the catalogue, ascending within a leaf
+    first_child: list[Tensor]  # per level: (nodes + 1,)
+    codes: list[Tensor]        # per level: (children,)
+    max_children: list[int]    # per level: M
+    is_new: list[Tensor]       # per level: (children,), are all items below new? Or []
+    leaf_start: np.ndarray     # (leaves + 1,) places in leaf_items
+    leaf_items: np.ndarray     # (N,) rows of the catalogue, ascending within a leaf
 
 def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Tensor | None = None) -> Trie:
     """Build the trie of codes (N, L) with one sort and O(N) memory; new (N,): which items are new."""
@@ -346,13 +348,13 @@ def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Ten
     key = torch.zeros(len(codes), dtype=torch.long)
     for level in range(num_levels):
         key = key * codebook_size + codes[:, level]
-    key, order = key.sort(stable=True)                          # catalogue order within a leaf
+    key, order = key.sort(stable=True)  # catalogue order within a leaf
     nodes, items = torch.unique_consecutive(key, return_counts=True)
     leaf_start = F.pad(items.cumsum(0), (1, 0))
     new = torch.zeros(len(codes), dtype=torch.bool) if new is None else new
-    old_before = F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]     # old items before each node
+    old_before = F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]  # old items before each node
     first_child, level_codes, max_children, is_new = [], [], [], []
-    for _ in range(num_levels):                                 # from the leaves up
+    for _ in range(num_levels):  # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
         start = F.pad(counts.cumsum(0), (1, 0))
         first_child.insert(0, start.to(device, torch.int32))
@@ -371,52 +373,33 @@ def leaf_of_items(trie: Trie) -> np.ndarray:
 def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
     """The nodes from depth 1 down to each leaf; (B, G) -> L times (B, G)."""
     path = [leaves]
-    for first_child in trie.first_child[:0:-1]:     # a node's children are a range: find it
+    for first_child in trie.first_child[:0:-1]:  # a node's children are a range: find it
         path.insert(0, torch.searchsorted(first_child, path[0].to(first_child.dtype), right=True) - 1)
     return path
-
-def leaves_below(trie: Trie, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """The first leaf below each node of that depth, and the first one beyond. They are neighbours."""
-    low, high = nodes, nodes + 1
-    for first_child in trie.first_child[depth:]:
-        low, high = first_child[low], first_child[high]
-    return low, high
-
-def any_allowed(trie: Trie, depth: int, nodes: Tensor, counts: Tensor) -> Tensor:
-    """Is any leaf below each node of that depth allowed? nodes (B, W, M) -> bool.
-
-    counts (B, leaves + 1): the number of allowed leaves before each leaf.
-    """
-    ends = leaves_below(trie, depth, nodes)
-    before, until = (counts.gather(1, end.flatten(1).long()) for end in ends)
-    return (until > before).view_as(nodes)
 
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
     """Give new children the mean probability of their old siblings, if any; logits, new (B, W, M).
 
-    A model has learned that a code which no item had never follows its prefix, so by its own scores it
-    never recommends an item that joined later. Where n children share a prefix, a new one gets 1 / n.
+    The model has learned that a code which no item had never follows its prefix, so by its own scores it
+    never recommends an item that joined later.
     """
     old = logits.masked_fill(new, -torch.inf)
     count = (old > -torch.inf).sum(-1, keepdim=True)
     return torch.where(new & (count > 0), old.logsumexp(-1, keepdim=True) - count.log(), logits)
 
-def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor,
-           counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Children of beams and their log-probabilities; nodes (B, W), logits (B, W, K) -> two (B, W, M).
 
-    Slots beyond a node's children, and children without an allowed leaf, get -inf.
+    Slots beyond a node's children get -inf.
     """
     start, end = trie.first_child[level][nodes], trie.first_child[level][nodes + 1]
     slot = torch.arange(trie.max_children[level], device=nodes.device)
     live = slot < (end - start)[..., None]
     children = torch.where(live, start[..., None] + slot, 0)
-    if counts is not None:
-        live = live & any_allowed(trie, level + 1, children, counts)
     logits = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
     if trie.is_new:
         logits = average_siblings(logits, trie.is_new[level][children] & live)
-    return children, logits.log_softmax(-1).masked_fill(~live, -torch.inf)      # -inf, not NaN
+    return children, logits.log_softmax(-1)
 
 def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -> Tensor:
     """Log-probability of the next node of paths among its siblings; logits (B, 1 or G, K) -> (B, G).
@@ -424,7 +407,7 @@ def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -
     path: from `trie_paths`, L times (B, G).
     """
     parents = path[level - 1] if level else torch.zeros_like(path[0][:, :1])
-    _, log_probs = expand(trie, level, parents, logits)                         # (B, 1 or G, M)
+    _, log_probs = expand(trie, level, parents, logits)  # (B, 1 or G, M)
     slot = path[level] - trie.first_child[level][parents]
     return log_probs.expand(-1, slot.shape[1], -1).gather(-1, slot[..., None]).squeeze(-1)
 
@@ -475,20 +458,11 @@ def catch_interrupts(device: torch.device) -> Callable[[], bool]:
         return bool(sum_over_processes(torch.tensor(len(received), device=device)).item())
     return interrupted
 
-def shard(loss_of: nn.Module, world: int) -> None:
-    """FSDP: each process keeps a share of every layer's weights, gradients and moments."""
-    mesh = dist.init_device_mesh(loss_of.model.device.type, (world,))
-    for module in list(loss_of.modules()):
-        if type(module).__name__ in (loss_of.model._no_split_modules or ()):
-            fully_shard(module, mesh=mesh)
-    fully_shard(loss_of, mesh=mesh)
-
 def make_optimizer(model, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW on what trains, with weight decay on matrices but not on norms and biases."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=model.device.type == "cuda")
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
@@ -498,15 +472,11 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
         return lr * (step + 1) / warmup
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-def save_progress(path: Path, model, optimizer, state: dict, settings: dict, rank: int) -> None:
-    """Write what --resume needs. All processes must call it."""
-    content = {"weights": full_state.get_model_state_dict(model, options=FULL_STATE), "optimizer": None,
-               "state": state, "settings": settings}
-    if optimizer.state:                 # it has none before its first step
-        content["optimizer"] = full_state.get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
-    if rank == 0:
-        with atomic_write(path) as temporary:
-            torch.save(content, temporary)
+def save_progress(path: Path, model, optimizer, state: dict, settings: dict) -> None:
+    """Write what --resume needs."""
+    with atomic_write(path) as temporary:
+        torch.save({"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state,
+                    "settings": settings}, temporary)
 
 def load_progress(path: Path, model, optimizer, settings: dict) -> dict:
     """Restore weights and optimizer; -> the state. Stops if the file is of another run."""
@@ -515,9 +485,8 @@ def load_progress(path: Path, model, optimizer, settings: dict) -> dict:
         if key not in NOT_COMPARED and settings.get(key) != value:
             stop(f"{path} is of a run with {key.replace('_', '-')} {value}, not {settings.get(key)}; "
                  "give the same flags and files, or leave out --resume")
-    full_state.set_model_state_dict(model, saved["weights"], options=FULL_STATE)
-    if saved["optimizer"]:
-        full_state.set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=FULL_STATE)
+    model.load_state_dict(saved["weights"])
+    optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
 
 # ---- Command line ------------------------------------------------
@@ -525,14 +494,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
     flag("--out", help="checkpoint to write, instead of RUN/init.pt")
-    flag("--init", choices=("sa", "mean", "gaussian"), default="sa",
-         help="mean of the keywords (eq. 9), mean or normal distribution of the vocabulary")
-    flag("--sa-depth", type=number(int, 0, len(LEVELS) + 1), default=len(LEVELS),
-         help="SA-Init on the first n levels, gaussian below")
-    flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered",
-         help="eq. 9 as printed, rescaled to the vocabulary's mean norm, or centered and rescaled")
-    flag("--backbone", default="tiny", help="tiny, a Hugging Face causal LM by name or folder, or a "
-         "checkpoint (.pt), whose SID rows are initialised again")
+    flag("--init", choices=("sa", "mean", "gaussian", "normal"), default="sa",
+         help="mean of the keywords (eq. 9), mean or Gaussian of the vocabulary, or N(0, 0.02^2)")
+    flag("--sa-depth", type=number(int, 0, 9), default=8, help="SA-Init on so many levels, gaussian below")
+    flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="see the docstring")
+    flag("--backbone", default="tiny", help="tiny, or a causal LM: Hugging Face name, folder, or checkpoint")
     flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")
     flag("--layers", type=number(int, 1), default=3, help="tiny: number of layers")
     flag("--vocab-size", type=number(int, 1), default=6000, help="tiny: pieces of the BPE")
@@ -556,8 +522,7 @@ def main() -> None:
             keywords[row["token"]] = " ".join(map(str, row["keywords"]))
         missing = [token for token in used if not keywords.get(token, "").strip()]
         if missing:
-            stop(f"{run}/semantics.jsonl: no keywords for {', '.join(missing[:5])}; run "
-                 "extract_semantics.py again")
+            stop(f"{run}/semantics.jsonl: no keywords for {missing[0]}; run extract_semantics.py again")
 
     if args.backbone == "tiny":
         texts = [item_text(item) for item in items]
@@ -578,7 +543,7 @@ def main() -> None:
     tied = {"embedding and head (tied)": embedding}
     matrices = tied if embedding is head else {"embedding": embedding, "head": head}
     for name, weight in matrices.items():
-        text_rows = weight.detach()[:int(sid_ids.min())]    # before the first SID token
+        text_rows = weight.detach()[:int(sid_ids.min())]  # before the first SID token
         rows = initial_rows(text_rows, keyword_ids, num_levels, codebook_size, args.init, args.sa_norm,
                             args.sa_depth, args.seed)
         with torch.no_grad():

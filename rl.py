@@ -36,14 +36,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import beam_search, prefill, rank_metrics, rank_of, read_tokens, search_all
+from evaluate import SID_TASKS, beam_search, prefill, rank_metrics, rank_of, read_tokens, search_all
 from init_embeddings import (Trie, build_trie, catch_interrupts, check_lengths, count_parameters,
                              join_processes, leaf_of_items, learning_rate, leave_processes, load_model,
-                             load_progress, new_items, path_log_probs, save_model, save_progress,
-                             sid_token_ids, sum_gradients, sum_over_processes, trie_paths, update_sid)
+                             load_progress, new_items, path_log_probs, read_in_bf16, save_model,
+                             save_progress, sid_token_ids, sum_gradients, sum_over_processes, trie_paths,
+                             update_sid)
 from tokenize_items import (codes_of, length_batches, make_parser, number, read_catalogue, read_samples,
                             stop, write_jsonl)
-from train import TASKS, make_pairs, parse_weights, prompt_ids, read_data
+from train import make_pairs, parse_weights, prompt_ids, read_data
 
 # Letters used in shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
 REWARDS = ("hit", "rank", "prefix")
@@ -59,8 +60,8 @@ PRESETS = {
 class Catalogue(NamedTuple):
     """What rollouts, rewards and validation know of the items, on the model's device."""
     trie: Trie
-    sid_ids: Tensor               # (L, K) vocabulary ids
-    codes: Tensor                 # (leaves, L)
+    sid_ids: Tensor  # (L, K) vocabulary ids
+    codes: Tensor    # (leaves, L)
     item_ids: list
 
 # ---- Rewards, from the leaves of rollouts (B, G) and of targets (B,) ----
@@ -74,16 +75,15 @@ def rank_penalty(hits: Tensor, scores: Tensor) -> Tensor:
     cost = 1 / torch.log2(rank + 1.0)
     return -cost / cost.sum(1, keepdim=True) * (1 - hits) * hits.amax(1, keepdim=True)
 
-def group_rewards(mix: dict[str, float], codes: Tensor, leaves: Tensor, scores: Tensor,
-                  targets: Tensor) -> Tensor:
+def group_rewards(mix: dict, codes: Tensor, leaves: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
     """The weighted sum of the rewards in the mix; codes (leaves, L).
 
     hit: 1 for the target's SID. prefix: the share of the target's SID that a rollout begins with.
     """
     hits = (leaves == targets[:, None]).float()
-    same = codes[leaves] == codes[targets][:, None]     # (B, G, L)
-    rewards = {"hit": hits, "rank": rank_penalty(hits, scores),
-               "prefix": same.int().cumprod(-1).float().mean(-1)}
+    same = codes[leaves] == codes[targets][:, None]  # (B, G, L)
+    prefix = same.int().cumprod(-1).float().mean(-1)
+    rewards = {"hit": hits, "rank": rank_penalty(hits, scores), "prefix": prefix}
     return sum(weight * rewards[name] for name, weight in mix.items())
 
 # ---- The objective -----------------------------------------------
@@ -118,14 +118,14 @@ def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves
     (batch, group), depth = leaves.shape, len(sid_ids) - 1
     path = trie_paths(trie, leaves)
     tokens = torch.cat([sid_ids[level][trie.codes[level][path[level]]] for level in range(depth)], 1)
-    level_of = torch.arange(depth, device=device).repeat_interleave(group)      # of each token
+    level_of = torch.arange(depth, device=device).repeat_interleave(group)  # of each token
     rollout_of = torch.arange(group, device=device).repeat(depth)
     ancestors = [torch.where(level_of >= level, rollout_of, -1).expand(batch, -1) for level in range(depth)]
     prefix = prefill(model, prompts, precision)
     hidden = read_tokens(model, tokens, prefix, level_of, ancestors, [group] * depth, precision)
     head, log_probs = model.get_output_embeddings().weight, []
-    for level, seen in enumerate((prefix.last, *hidden.split(group, 1))):       # (B, 1 or G, D)
-        logits = seen.float() @ head[sid_ids[level]].float().T                  # (B, 1 or G, K)
+    for level, seen in enumerate((prefix.last, *hidden.split(group, 1))):  # (B, 1 or G, D)
+        logits = seen.float() @ head[sid_ids[level]].float().T             # (B, 1 or G, K)
         log_probs.append(path_log_probs(trie, level, path, logits))
     return torch.stack(log_probs, -1)
 
@@ -138,8 +138,8 @@ class Prompt(NamedTuple):
 class Group(NamedTuple):
     """The rollouts of a prompt, as the update needs them."""
     prompt: list[int]
-    leaves: Tensor                # (G,)
-    advantages: Tensor            # (G,)
+    leaves: Tensor      # (G,)
+    advantages: Tensor  # (G,)
 
 def roll_out(model, catalogue: Catalogue, batch: list[Prompt], group_size: int, mix: dict[str, float],
              sample: torch.Generator | None, micro_tokens: int) -> tuple[list[Group], Counter]:
@@ -173,14 +173,14 @@ def update(model, reference, optimizer, catalogue: Catalogue, groups: list[Group
         return sums
     lengths = [len(group.prompt) + (len(catalogue.sid_ids) - 1) * len(group.leaves) for group in groups]
     pieces = [[groups[row] for row in rows] for rows in length_batches(lengths, micro_tokens)]
-    before = []                         # old and reference log-probabilities
+    before = []  # old and reference log-probabilities
     for step in range(updates):
         optimizer.zero_grad(set_to_none=True)
         for place, piece in enumerate(pieces):
             prompts = [group.prompt for group in piece]
             leaves = torch.stack([group.leaves for group in piece])
             advantages = torch.stack([group.advantages for group in piece])
-            log_probs = tree_log_probs(model, catalogue, prompts, leaves, precision)    # (B, G, L)
+            log_probs = tree_log_probs(model, catalogue, prompts, leaves, precision)  # (B, G, L)
             if step == 0:
                 with torch.no_grad():
                     ref_log_probs = tree_log_probs(reference, catalogue, prompts, leaves, precision)
@@ -213,7 +213,7 @@ def validate(model, catalogue: Catalogue, prompts: list[list[int]], targets: lis
     rankings = search_all(model, catalogue.trie, catalogue.sid_ids, catalogue.item_ids, prompts,
                           VALID_BEAMS, batch_tokens)
     ranks = [rank_of(target, ranking.items) for target, ranking in zip(targets, rankings)]
-    metrics = rank_metrics(ranks or [None], VALID_CUTOFFS)      # a process may have no users
+    metrics = rank_metrics(ranks or [None], VALID_CUTOFFS)  # a process may have no users
     sums = {name: value * len(ranks) for name, value in metrics.items()}
     sums = sum_dict({**sums, "users": len(ranks)}, model.device)
     return {name: sums[name] / sums["users"] for name in metrics}
@@ -234,18 +234,17 @@ def show(row: dict, names) -> str:
 # ---- Data --------------------------------------------------------
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
     """The trie of the items; those that were never a target are averaged over their siblings."""
-    unseen = new_items(sid, items)
+    unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
     new = torch.tensor([item["item_id"] in unseen for item in items])
-    codes = torch.from_numpy(codes_of(items))
     trie = build_trie(codes, sid["codebook_size"], device, new)
-    codes_of_leaves = codes[trie.leaf_items[trie.leaf_start[:-1]]].to(device)
+    codes = codes[trie.leaf_items[trie.leaf_start[:-1]]].to(device)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
-    return Catalogue(trie, sid_ids, codes_of_leaves, [item["item_id"] for item in items])
+    return Catalogue(trie, sid_ids, codes, [item["item_id"] for item in items])
 
 def read_prompts(tokenizer, tasks: list[str], data: dict, trie: Trie) -> list[Prompt]:
     """Every example of the tasks, each with the leaf of its own target."""
-    leaves, prompts = leaf_of_items(trie).tolist(), []
-    leaf_of = {"".join(item["sid"]): leaf for item, leaf in zip(data["items"], leaves)}
+    names, prompts = ("".join(item["sid"]) for item in data["items"]), []
+    leaf_of = dict(zip(names, leaf_of_items(trie).tolist()))
     for name in tasks:
         pairs = make_pairs(name, data)
         if not pairs:
@@ -256,37 +255,27 @@ def read_prompts(tokenizer, tasks: list[str], data: dict, trie: Trie) -> list[Pr
     return prompts
 
 # ---- Command line ------------------------------------------------
-def parse_rewards(text: str) -> dict[str, float]:
-    """Rewards and their weights in the mix: "hit:1,rank,prefix:0.1"."""
-    return parse_weights(text, REWARDS, "reward")
-
-def parse_tasks(text: str) -> list[str]:
-    """Tasks whose response is an item's SID."""
-    known = [name for name, task in TASKS.items() if task.response == "{sid}"]
-    return list(parse_weights(text, known, "task that asks for an item's SID"))
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/sft.pt")
     flag("--out", help="checkpoint to write, instead of RUN/rl.pt")
     flag("--resume", action="store_true", help="continue an interrupted run with the same flags")
-    flag("--tasks", type=parse_tasks, help="prompts; default: what the checkpoint recommends by")
-    flag("--reward", type=parse_rewards, default="hit:1", help=f"mix of {', '.join(REWARDS)}")
-    flag("--rollout", choices=("beam", "sample"), default="beam",
-         help="the group: the G best beams, or G draws without replacement")
+    flag("--tasks", type=lambda text: list(parse_weights(text, SID_TASKS, "task with an item's SID")),
+         help="whose prompts; default: what the checkpoint recommends by")
+    flag("--reward", type=lambda text: parse_weights(text, REWARDS, "reward"), default="hit:1",
+         help=f"weighted sum of {', '.join(REWARDS)}")
+    flag("--rollout", choices=("beam", "sample"), default="beam", help="draws are without replacement")
     flag("--group-size", type=number(int, 2), default=16, help="G, rollouts per prompt")
     flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL to the SFT model")
-    flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2,
-         help="PPO clip range: improvement outside [1 - eps, 1 + eps] gets no gradient")
+    flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="PPO clip range of the ratio")
     flag("--updates-per-rollout", type=number(int, 1), default=1, help="updates per batch of rollouts")
     flag("--epochs", type=number(int, 1), help="passes over the prompts; default: see PRESETS")
     flag("--lr", type=number(float, 0), help="peak learning rate; default: see PRESETS")
     flag("--batch-size", type=number(int, 1), help="prompts per update; default: see PRESETS")
     flag("--eval-every", type=number(int, 1), help="updates between validations; default: see PRESETS")
     flag("--micro-tokens", type=number(int, 1), default=4096, help="tokens per forward pass")
-    flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
-         help="of the update, over float32 weights; fast: bf16 where the hardware has it")
+    flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="as in train.py")
     flag("--patience", type=number(int, 1), default=5, help="validations without gain before it stops")
     flag("--eval-users", type=number(int, 0), default=0, help="validate on so many users; 0: all")
     flag("--log-every", type=number(int, 1), default=10, help="updates per log line")
@@ -322,6 +311,8 @@ def main() -> None:
     steps = args.epochs * max(1, len(train) // args.batch_size)
 
     reference = copy.deepcopy(model).requires_grad_(False)
+    if device.type == "cuda":
+        read_in_bf16(reference)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters, twice | {len(train)} "
           f"prompts, {len(valid)} validation users | {steps} updates of {args.batch_size} x "
@@ -375,7 +366,7 @@ def main() -> None:
         validated = step % args.eval_every == 0 or step == steps
         if validated:
             row |= validate(model, catalogue, prompts, targets, args.micro_tokens)
-            start = time.time()         # rollouts per second leave it out
+            start = time.time()  # rollouts per second leave it out
             better = row["NDCG@10"] > best
             best, bad_evals = (row["NDCG@10"], 0) if better else (best, bad_evals + 1)
             news = "best so far, saved" if better else f"no better for {bad_evals} validations"
@@ -389,16 +380,14 @@ def main() -> None:
             save_model(out, model, tokenizer, sid, stage="rl", args=vars(args), step=step, metrics=row)
         if rank == 0 and (validated or leave):
             write_jsonl(log_path, log)
-        if validated or leave:
             state = {"step": step, "best": best, "bad_evals": bad_evals, "log": log}
-            save_progress(resume_path, model, optimizer, state, settings, rank)
+            save_progress(resume_path, model, optimizer, state, settings)
 
     bar.close()
     best_row = next(row for row in log if row.get("NDCG@10") == best)
     print(f"valid | {origin.name:<12} | {show(log[0], SHOWN)}")
-    print(f"valid | {out.name:<12} | {show(best_row, SHOWN)}, step {best_row['step']}")
-    if not best_row["step"]:
-        print(f"no step was better: {out} has the weights of {origin.name}")
+    print(f"valid | {out.name:<12} | {show(best_row, SHOWN)} | step {best_row['step']}"
+          + ("" if best_row["step"] else f": no step was better than {origin.name}"))
     if rank == 0 and not leave:
         resume_path.unlink(missing_ok=True)
     print(f"stopped after update {step}: continue with --resume" if leave else f"wrote {out}, {log_path}")

@@ -16,8 +16,8 @@ Differs from the papers
   2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any: `random`.
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
   4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates than STAR.
-  5. `--collision sinkhorn` spreads the colliding items of a prefix together, LC-Rec those of one SID, also
-     in training. What collides after it moves as in `nearest`.
+  5. `--collision sinkhorn` spreads a prefix's colliding items together, LC-Rec those of one SID, also in
+     training. What still collides moves as in `nearest`.
 
 Examples
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial
@@ -43,14 +43,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 # Letters used in shapes: N items, B a batch, D width of the vectors, L levels, K codes per level, V terms.
-LEVELS = "abcdefgh"                 # level 0 is spelled <a_12>, level 1 <b_12>, ...
-ID = (int, str)                     # the types of item_id and user_id
+LEVELS = "abcdefgh"  # level 0 is spelled <a_12>, level 1 <b_12>, ...
+ID = (int, str)      # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
 MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens that a Hugging Face encoder reads of an item, at a time
 KMEANS_ITERATIONS = 100             # at most, per level
 DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
-RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # of its codes; of the commitment (TIGER)
+RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # of its codes; weight of the commitment (TIGER)
 RQVAE_UPDATES, RQVAE_BATCH, RQVAE_LR, RQVAE_RESTART = 6000, 128, 2e-3, 100
 SINKHORN_ROUNDS, SINKHORN_STEPS, SINKHORN_EPSILON = 20, 50, 0.0015  # LC-Rec: 0.003 of half the range
 DEMO = Path(__file__).parent / "tests" / "demo"
@@ -73,8 +73,9 @@ def tfidf_matrix(texts: list[str], terms: list[str], idf: Tensor) -> Tensor:
     rows, columns, counts = torch.tensor(entries, dtype=torch.long).reshape(-1, 3).T
     values = (1 + counts.double().log()).float() * idf[columns]
     norms = torch.zeros(len(texts)).index_add_(0, rows, values ** 2).sqrt().clamp_min(1e-12)
-    places, shape = torch.stack([rows, columns]), (len(texts), len(terms))
-    return torch.sparse_coo_tensor(places, values / norms[rows], shape, check_invariants=False).coalesce()
+    shape = (len(texts), len(terms))
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / norms[rows], shape,
+                                   check_invariants=False).coalesce()
 
 def fit_lsa(texts: list[str]) -> dict:
     """Latent semantic analysis: the leading right singular vectors (V, D) of the TF-IDF matrix."""
@@ -116,8 +117,8 @@ def fit_pca(x: Tensor, dim: int) -> dict:
     if dim > min(x.shape):
         stop(f"--dim {dim} is more than the {min(x.shape)} dimensions of the vectors")
     mean = x.mean(0)
-    _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # eigenvalues ascending
-    return {"pca_mean": mean, "pca_axes": axes.flip(1)[:, :dim].contiguous()}
+    axes = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.flip(1)  # largest first
+    return {"pca_mean": mean, "pca_axes": axes[:, :dim].contiguous()}
 
 def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
     """Texts to vectors: lsa or a named encoder, then PCA and RQ-VAE if any; -> (N, D)."""
@@ -192,7 +193,7 @@ def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
 
 def print_levels(x: Tensor, z: Tensor, codebooks: Tensor, decode: Callable) -> None:
     """Print the error of the decoded codes after each level, and how evenly it uses its codes."""
-    print(f"level   - | mse {float((x * x).sum(1).mean()):.4f} (mean squared length of the vectors)")
+    print(f"level   - | mse {float((x * x).sum(1).mean()):.4f} (without codes)")
     residual = z
     for level, centroids in zip(LEVELS, codebooks):
         codes, _ = assign(residual, centroids)
@@ -218,7 +219,7 @@ def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Te
     """
     z = mlp(x, encoder)
     codes, _ = quantize(z.detach(), codebooks.detach())
-    c = codebooks[range(len(codebooks)), codes]     # (B, L, D)
+    c = codebooks[range(len(codebooks)), codes]  # (B, L, D)
     r = z[:, None] - (c.cumsum(1) - c).detach()
     straight_through = z + (c.sum(1) - z).detach()  # z' with the gradient of z
     commitment = (r.detach() - c) ** 2 + RQVAE_BETA * (r - c.detach()) ** 2
@@ -288,8 +289,9 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
             stop(f"prefix {name} has {len(rows)} items but only {len(centroids)} last codes; "
                  "make a new run with a larger --codebook-size or more --num-levels")
         for row in movers:
-            nearest = ((residuals[row] - centroids[free]) ** 2).sum(1).argmin()
-            pick = rng.integers(len(free)) if policy == "random" else nearest
+            pick = ((residuals[row] - centroids[free]) ** 2).sum(1).argmin()
+            if policy == "random":
+                pick = rng.integers(len(free))
             codes[row, -1] = free[pick]
             free = np.delete(free, pick)
     return codes
@@ -333,15 +335,13 @@ def load_samples(folder: Path, split: str, known: set, max_history: int) -> dict
     if split == "official":
         parts = {name: read_samples(folder / f"{name}.jsonl", known) for name in ("train", "valid", "test")}
     else:
-        path, timed = folder / "interactions.jsonl", split == "chronological"
-        fields = {"user_id": ID, "items": list} | ({"timestamps": list} if timed else {})
-        users = read_jsonl(path, fields, unique="user_id", known=known)
-        for user in users if timed else []:
-            times = user["timestamps"]
-            numbers = all(isinstance(time, (int, float)) for time in times)
+        path = folder / "interactions.jsonl"
+        users = read_jsonl(path, {"user_id": ID, "items": list}, unique="user_id", known=known)
+        for user in users if split == "chronological" else ():
+            times = user.get("timestamps")
+            numbers = isinstance(times, list) and all(isinstance(time, (int, float)) for time in times)
             if not numbers or len(times) != len(user["items"]) or times != sorted(times):
-                stop(f"{path}: the timestamps of user {user['user_id']!r} must be ascending numbers, one "
-                     "for each item")
+                stop(f"{path}: user {user['user_id']!r} needs ascending timestamps, one for each item")
         parts = split_samples(users, split)
     for name, samples in parts.items():
         if not samples:
@@ -369,15 +369,15 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                     continue
                 row = json.loads(line)
                 problem = field_problem(row, fields, known)
-                if not problem and unique:
-                    problem = f"{unique} {row[unique]!r} is there twice" if row[unique] in seen else None
-                    seen.add(row[unique])
+                if not problem and unique and row[unique] in seen:
+                    problem = f"{unique} {row[unique]!r} is there twice"
                 if problem:
                     stop(f"{path}, line {nth}: {problem}")
+                seen.add(row[unique] if unique else None)
                 rows.append(row)
     except OSError as error:
         stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or check the name")
-    except (ValueError, RecursionError) as error:   # broken JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows:
         stop(f"{path}: is empty; it needs at least one object with {', '.join(fields)}")
@@ -525,8 +525,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
     flag("--data", default=str(DEMO), help="folder with items.jsonl and interactions.jsonl or a split")
-    flag("--sids", help="take the SIDs from this file ({item_id, sid} lines) and keep their collisions")
-    flag("--add", metavar="FILE", help="add the items in FILE to the run, with SIDs from RUN/codebook.pt")
+    flag("--sids", help="take the SIDs in this file ({item_id, sid} lines), collisions included")
+    flag("--add", metavar="FILE", help="add these items to the run, with SIDs from RUN/codebook.pt")
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model by name or folder")
     flag("--pooling", choices=("mean", "last"), default="mean", help="Qwen3-Embedding needs last")
     flag("--dim", type=number(int, 0), default=0, help="width after PCA; 0: no PCA; paper: 32")

@@ -5,12 +5,6 @@ Every task is a template that turns data into a prompt and a response. The loss 
     Eq. 5        L_SFT = - sum_(X, Y) sum_j log pi(Y_j | X, Y_<j)     TS-Rec (arXiv 2602.22632), 3.3
     Algorithm 1  grad E <- grad E * m,  m_i = [i is a SID token]      STAR, 3.1: --stage align
 
-    TS-Rec       next, title2sid, sid2title, next_title, next_description     A.2.1 - A.2.4
-                 text2token, token2text (TS-Align)                            4.2
-    STAR         title2sid ... sid2text (STAR_ALIGN); retrieve, search        A.2.1 - A.2.3
-    ours         sequence: a user's items, each supervised once, in the token ids of next_brief
-                 similar: one item, then another with the same first codes
-
 Reads   RUN/init.pt (or --from), items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl, queries.jsonl
 Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; RUN/sft_log.jsonl;
         RUN/sft_resume.pt while it runs; with --keep, RUN/sft_00236.pt: the weights at every validation
@@ -19,7 +13,7 @@ Differs from the papers
   1. The loss is a weighted mean over a batch's supervised tokens: every task has its share (`--tasks`).
   2. A text response ends with EOS. A SID does not: its length is fixed.
   3. The tiny backbone has its own settings and tasks, see PRESETS. `--loss trie` is that of the search.
-  4. Prompts are plain lines; STAR's are chat messages. --lora keeps float32; STAR's QLoRA has 4 bits.
+  4. Prompts are plain lines; STAR's are chat messages. --lora is not quantised; STAR's has 4 bits.
   5. --stage align validates on 5 % of its examples, which it does not train on.
 
 Examples
@@ -28,7 +22,6 @@ Examples
 """
 import argparse
 import math
-import os
 import random
 import time
 from collections import defaultdict
@@ -37,16 +30,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch import Tensor
 from tqdm import tqdm
 
 from extract_semantics import read_queries, read_semantics
-from init_embeddings import (FULL_STATE, Trie, add_dropout, add_lora, autocast, build_trie, catch_interrupts,
-                             check_lengths, count_parameters, join_processes, learning_rate,
-                             leave_processes, leaf_of_items, load_model, load_progress, make_optimizer,
-                             merge_lora, path_log_probs, save_model, save_progress, shard,
-                             sid_token_ids, sum_gradients, sum_over_processes, trie_paths, update_sid)
+from init_embeddings import (Trie, add_dropout, add_lora, autocast, build_trie, catch_interrupts,
+                             check_lengths, count_parameters, join_processes, leaf_of_items, learning_rate,
+                             leave_processes, load_model, load_progress, make_optimizer, path_log_probs,
+                             save_model, save_progress, sid_token_ids, sum_gradients,
+                             sum_over_processes, trie_paths, update_sid)
 from tokenize_items import (codes_of, length_batches, make_parser, number, read_catalogue, read_samples,
                             stop, write_jsonl)
 
@@ -57,11 +49,11 @@ NEIGHBOURS = 5                          # examples of `similar` for each item
 HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0 # --stage align validates on every 20th example of a task
 
 class Task(NamedTuple):
-    """One task: which data it reads, its templates, its response."""
-    source: str                         # "samples", "users", "items", "neighbours", "tokens", "queries"
-    instructions: tuple[str, ...]       # one is drawn for each example
+    """One task: its data, its templates (one is drawn for each example), its response."""
+    source: str  # "samples", "users", "items", "neighbours", "tokens", "queries"
+    instructions: tuple[str, ...]
     response: str
-    end: str = "\n"                     # of the instruction
+    end: str = "\n"  # of the instruction
 
     @property
     def is_text(self) -> bool:
@@ -71,13 +63,10 @@ class Task(NamedTuple):
     def recommends(self) -> bool:
         return self.source == "samples" and self.response == "{sid}"
 
-TASKS = {
+TASKS = {  # TS-Rec, A.2.1 - A.2.4
     "next": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next "
         "possible item that the user may expect?",), "{sid}"),
-    "next_brief": Task("samples", ("The user bought {items}",), "{sid}", end=""),
-    "sequence": Task("users", ("The user bought {first}",), "{rest}", end=""),
-    "similar": Task("neighbours", ("The user bought {sid}",), "{similar}", end=""),
     "title2sid": Task("items", ("Which item has the title: {title}?",), "{sid}"),
     "sid2title": Task("items", ('What is the title of item "{sid}"?',), "{title}"),
     "next_title": Task("samples", (
@@ -86,12 +75,14 @@ TASKS = {
     "next_description": Task("samples", (
         "Please review the user's historical interactions: {history}, and describe what kind of item he "
         "still needs.",), "{description}"),
+    # TS-Align, 4.2
     "text2token": Task("tokens", (
         "Identify the specific SID token shared by items that exhibit the following scope and "
         'characteristics: "{description}"',), "{token}"),
     "token2text": Task("tokens", (
         "Describe the typical scope and shared features of items associated with the token: "
         '"{token}"',), "{description}"),
+    # STAR, A.2.1 - A.2.3
     "description2sid": Task("items", ("Can you tell me what item is described as {about}?",), "{sid}"),
     "text2sid": Task("items", ("What item is called {title} and described as {about}?",), "{sid}"),
     "name_item": Task("items", ("Could you please tell me what item {sid} is called?",), "{title}"),
@@ -112,6 +103,10 @@ TASKS = {
         "search intent.",
         "Based on the user's current query {query}, please generate an item that matches the user's "
         "intent."), "{sid}"),
+    # Ours: short prompts; sequence supervises each item of a user once, in the token ids of next_brief
+    "next_brief": Task("samples", ("The user bought {items}",), "{sid}", end=""),
+    "sequence": Task("users", ("The user bought {first}",), "{rest}", end=""),
+    "similar": Task("neighbours", ("The user bought {sid}",), "{similar}", end=""),
 }
 TS_REC = "next,title2sid:0.1,sid2title:0.1,next_title:0.1,next_description:0.1,text2token:0.1,token2text:0.1"
 STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
@@ -132,8 +127,8 @@ PRESETS = {
 def item_fields(item: dict) -> dict[str, str]:
     """What a template can say about an item."""
     about = " ".join(item["description"].split()[:DESCRIPTION_WORDS])
-    return {"sid": "".join(item["sid"]), "title": item["title"], "description": item["description"],
-            "about": about}
+    sid, title, description = "".join(item["sid"]), item["title"], item["description"]
+    return {"sid": sid, "title": title, "description": description, "about": about}
 
 def history_fields(history: list, item_of: dict) -> dict[str, str]:
     """What a template can say about a history of item_ids."""
@@ -150,10 +145,8 @@ def row_fields(source: str, row: dict, item_of: dict, rng: random.Random) -> dic
     if source == "items":
         return item_fields(row)
     if source == "neighbours":
-        similar = row["item"]
-        while similar is row["item"]:
-            similar = rng.choice(row["neighbours"])
-        return {"sid": "".join(row["item"]["sid"]), "similar": "".join(similar["sid"])}
+        others = [item for item in row["neighbours"] if item is not row["item"]]
+        return {"sid": "".join(row["item"]["sid"]), "similar": "".join(rng.choice(others)["sid"])}
     if source == "queries":
         return {"query": row["query"], **item_fields(item_of[row["item_id"]])}
     return {"token": row["token"], "description": row["description"]}
@@ -188,8 +181,10 @@ class Example(NamedTuple):
     task: str
     ids: list[int]
     start: int
-    weight: float = 1.0                 # of each of its supervised tokens
-    leaves: list[int] = []              # the SIDs of the response, if they are scored over the trie
+    weight: float = 1.0     # of each of its supervised tokens
+    leaves: list[int] = []  # the SIDs of the response, if they are scored over the trie
+
+Examples = dict[str, list[Example]]  # by task
 
 def make_examples(tokenizer, name: str, data: dict, max_response: int, seed: str = "",
                   leaf_of: dict[str, int] = {}) -> list[Example]:
@@ -212,13 +207,13 @@ def make_examples(tokenizer, name: str, data: dict, max_response: int, seed: str
 
 class Batch(NamedTuple):
     """A padded batch, and what it supervises: S tokens and, over the trie, R whole SIDs."""
-    ids: Tensor                         # (B, T)
-    places: Tensor                      # (S,) the positions, b * T + t, that predict the tokens
-    labels: Tensor                      # (S,) these tokens
-    sid_places: Tensor                  # (R,) the positions that predict the first token of each SID
-    leaves: Tensor                      # (R,) these SIDs, leaves of the trie
-    weights: Tensor                     # (S + R * L,) of each token's loss
-    tasks: Tensor                       # (S + R * L,) places in TASKS
+    ids: Tensor         # (B, T)
+    places: Tensor      # (S,) the positions, b * T + t, that predict the tokens
+    labels: Tensor      # (S,) these tokens
+    sid_places: Tensor  # (R,) the positions that predict the first token of each SID
+    leaves: Tensor      # (R,) these SIDs, leaves of the trie
+    weights: Tensor     # (S + R * L,) of each token's loss
+    tasks: Tensor       # (S + R * L,) places in TASKS
 
 def collate(examples: list[Example], device: torch.device) -> Batch:
     """Pad on the right, to a multiple of 8: fewer shapes. Position t predicts token t + 1."""
@@ -243,33 +238,32 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
     return Batch(*(tensor.to(device) for tensor in (ids, *parts, weights, tasks)))
 
 # ---- Batches -----------------------------------------------------
-def weigh(examples: dict[str, list[Example]],
-          shares: dict[str, float]) -> tuple[dict[str, list[Example]], dict[str, int]]:
+def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[str, int]]:
     """Give each task its share of the loss; -> examples with their weights, and how many an epoch takes.
 
     An epoch takes all examples of the tasks with the largest share, of others in proportion: their cost
     is their share. Weights make up for long and short responses.
     """
     most = max(shares[name] for name in examples)
-    size = max(len(rows) for name, rows in examples.items() if shares[name] == most)
-    sizes = {name: min(len(rows), math.ceil(size * shares[name] / most)) for name, rows in examples.items()}
-    tokens = {name: sum(len(e.ids) - e.start for e in rows) / len(rows) * sizes[name]
-              for name, rows in examples.items()}               # supervised in an epoch
+    largest = max(len(rows) for name, rows in examples.items() if shares[name] == most)
+    sizes, tokens = {}, {}
+    for name, rows in examples.items():
+        sizes[name] = min(len(rows), math.ceil(largest * shares[name] / most))
+        supervised = sum(len(e.ids) - e.start for e in rows)
+        tokens[name] = supervised / len(rows) * sizes[name]  # in an epoch
     scale = sum(tokens.values()) / sum(shares[name] for name in examples)
-    weighed = {name: [e._replace(weight=scale * shares[name] / tokens[name]) for e in rows]
-               for name, rows in examples.items()}
-    return weighed, sizes
+    for name, rows in examples.items():
+        examples[name] = [e._replace(weight=scale * shares[name] / tokens[name]) for e in rows]
+    return examples, sizes
 
-def epoch_batches(examples: dict[str, list[Example]], sizes: dict[str, int], batch_size: int,
-                  seed: str) -> list[list[Example]]:
+def epoch_batches(examples: Examples, sizes: dict, batch_size: int, seed: str) -> list[list[Example]]:
     """So many examples of each task, shuffled, in batches."""
     rng = random.Random(seed)
     order = [e for name, rows in examples.items() for e in rng.sample(rows, sizes[name])]
     rng.shuffle(order)
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
-def micro_batches(batch: list[Example], micro_tokens: int, rank: int,
-                  world: int) -> list[list[Example]]:
+def micro_batches(batch: list[Example], micro_tokens: int, rank: int, world: int) -> list[list[Example]]:
     """This process's share of a batch, in pieces of at most `micro_tokens` tokens.
 
     All ranks must run the same number of forward passes, so a rank with fewer gets one with zero weight.
@@ -296,40 +290,35 @@ def train_sid_rows_only(model, sid_ids: Tensor) -> None:
         matrix.requires_grad_(True)
         matrix.register_hook(lambda grad, mask=mask: grad * mask)
 
-# ---- Loss and optimisation ---------------------------------------
-class ResponseLoss(nn.Module):
-    """The loss, as a module because FSDP wraps modules."""
-    def __init__(self, model, trie: Trie, sid_ids: Tensor) -> None:
-        super().__init__()
-        self.model, self.trie, self.sid_ids = model, trie, sid_ids
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood of each supervised token (eq. 5): texts, then SIDs; (S + R * L,)."""
-        # Causal attention never sees the padding on the right, so no mask is needed
-        hidden = self.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        hidden, head = hidden.flatten(0, 1), self.model.get_output_embeddings().weight       # (B * T, D)
-        logits = hidden.index_select(0, batch.places) @ head.T                               # (S, V)
-        losses = [F.cross_entropy(logits.float(), batch.labels, reduction="none")]
-        path, sid_losses = trie_paths(self.trie, batch.leaves[:, None]), []
-        for level, ids in enumerate(self.sid_ids if len(batch.leaves) else ()):
-            logits = hidden.index_select(0, batch.sid_places + level) @ head[ids].T          # (R, K)
-            sid_losses.append(-path_log_probs(self.trie, level, path, logits[:, None].float())[:, 0])
-        return torch.cat(losses + ([torch.stack(sid_losses, 1).flatten()] if sid_losses else []))
+# ---- Loss --------------------------------------------------------
+def response_losses(model, trie: Trie, sid_ids: Tensor, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each supervised token (eq. 5): texts, then SIDs; (S + R * L,)."""
+    # Causal attention never sees the padding on the right, so no mask is needed
+    hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    hidden, head = hidden.flatten(0, 1), model.get_output_embeddings().weight  # (B * T, D)
+    logits = hidden.index_select(0, batch.places) @ head.T                     # (S, V)
+    losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+    if not len(batch.leaves):
+        return losses
+    path, sid_losses = trie_paths(trie, batch.leaves[:, None]), []
+    for level, ids in enumerate(sid_ids):
+        logits = hidden.index_select(0, batch.sid_places + level) @ head[ids].T  # (R, K)
+        sid_losses.append(-path_log_probs(trie, level, path, logits[:, None].float())[:, 0])
+    return torch.cat([losses, torch.stack(sid_losses, 1).flatten()])
 
 @torch.no_grad()
-def validation_loss(loss_of: ResponseLoss, examples: list[Example], micro_tokens: int, precision: str,
-                    rank: int, world: int) -> float:
+def validation_loss(model, trie: Trie, sid_ids: Tensor, examples: list[Example], micro_tokens: int,
+                    precision: str, rank: int, world: int) -> float:
     """Mean negative log-likelihood per supervised token, over all processes."""
-    device = next(loss_of.parameters()).device
-    total, count = (torch.zeros((), dtype=torch.double, device=device) for _ in range(2))
-    loss_of.eval()
+    total, count = torch.zeros(2, dtype=torch.double, device=model.device)
+    model.eval()
     for piece in micro_batches(examples, micro_tokens, rank, world):
-        batch = collate(piece, device)
-        with autocast(device, precision):
-            losses = loss_of(batch)
+        batch = collate(piece, model.device)
+        with autocast(model.device, precision):
+            losses = response_losses(model, trie, sid_ids, batch)
         total += (losses.double() * batch.weights).sum()
         count += batch.weights.sum()
-    loss_of.train()
+    model.train()
     return (sum_over_processes(total) / sum_over_processes(count)).item()
 
 def task_losses(nll: Tensor, counts: Tensor) -> dict[str, float]:
@@ -345,12 +334,12 @@ def user_sequences(samples: list[dict]) -> list[dict]:
     sequences, last_of = [], {}
     for sample in samples:
         history, items = sample["history"], last_of.get(sample["user_id"], [])
-        if items[-len(history):] != history:    # it does not follow the user's last sample
+        if items[-len(history):] != history:  # it does not follow the user's last sample
             items = last_of[sample["user_id"]] = list(history)
             sequences.append({"user_id": sample["user_id"], "items": items})
         items.append(sample["target"])
     return [{**row, "items": row["items"][start:start + MAX_SEQUENCE]} for row in sequences
-            for start in range(0, len(row["items"]) - 1, MAX_SEQUENCE - 1)]     # pieces share one item
+            for start in range(0, len(row["items"]) - 1, MAX_SEQUENCE - 1)]  # pieces share one item
 
 def neighbours(items: list[dict]) -> list[dict]:
     """Each item with those that share all its codes but the last, or at least the first ones."""
@@ -359,8 +348,12 @@ def neighbours(items: list[dict]) -> list[dict]:
         for depth in range(1, len(item["sid"])):
             groups[tuple(item["sid"][:depth])].append(item)
     for item in items:
-        near = [groups[tuple(item["sid"][:depth])] for depth in range(len(item["sid"]) - 1, 0, -1)]
-        rows += [{"item": item, "neighbours": group} for group in near if len(group) > 1][:1]
+        depth = len(item["sid"]) - 1
+        while depth > 1 and len(groups[tuple(item["sid"][:depth])]) == 1:
+            depth -= 1
+        group = groups[tuple(item["sid"][:depth])]
+        if len(group) > 1:
+            rows.append({"item": item, "neighbours": group})
     return rows
 
 def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
@@ -382,11 +375,11 @@ def show_task(tokenizer, name: str, examples: list[Example], size: int) -> None:
     """Print a task's size and its first example, with the supervised tokens between >> and <<."""
     tokens = sum(len(e.ids) for e in examples)
     supervised = sum(len(e.ids) - e.start for e in examples)
+    first = examples[0]
     print(f"task {name} | {len(examples)} examples, {size} an epoch | {tokens} tokens | {supervised} of them "
-          f"supervised, with weight {examples[0].weight:.3g}")
-    _, ids, start, *_ = examples[0]
-    text = f"{tokenizer.decode(ids[:start])}>>{tokenizer.decode(ids[start:])}<<"
-    print(f"example | {text!r}")
+          f"supervised, with weight {first.weight:.3g}")
+    prompt, response = tokenizer.decode(first.ids[:first.start]), tokenizer.decode(first.ids[first.start:])
+    print(f"example | {prompt + '>>' + response + '<<'!r}")
 
 # ---- Command line ------------------------------------------------
 def parse_weights(text: str, known, kind: str) -> dict[str, float]:
@@ -421,16 +414,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lora", type=number(int, 0), default=0, help="rank of adapters; 0: train all weights; STAR: 8")
     flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
          help="arithmetic over float32 weights; fast: bf16 where the hardware has it")
-    flag("--fsdp", action="store_true", help="under torchrun: each process keeps a share of the weights")
     flag("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
     flag("--log-every", type=number(int, 1), default=100, help="updates per log line")
     flag("--save-every", type=number(int, 1), default=500, help="updates between saves for --resume")
     flag("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
     args = parser.parse_args(argv)
-    if bool(args.lora) + args.fsdp + (args.stage == "align") > 1:
-        parser.error("--stage align, --lora and --fsdp exclude each other")
-    if args.fsdp and "RANK" not in os.environ:
-        parser.error("--fsdp needs torchrun --nproc-per-node N -- train.py --fsdp")
+    if args.lora and args.stage == "align":
+        parser.error("--stage align trains the SID rows alone; leave out --lora")
     return args
 
 def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
@@ -448,25 +438,26 @@ def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
     default = "next_brief" if "sequence" in args.tasks else "next"
     args.recommends = next((name for name in args.tasks if TASKS[name].recommends), default)
     if args.lora:
-        args.weight_decay = 0.0         # it would shrink the masked rows
+        args.weight_decay = 0.0  # it would shrink the masked rows
 
-def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict, leaf_of: dict
-                  ) -> tuple[dict[str, list[Example]], dict[str, int], list[Example]]:
+def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
+                  leaf_of: dict) -> tuple[Examples, dict[str, int], list[Example]]:
     """Each task's examples and how many an epoch takes; for validation next items, 5 % with align."""
-    examples = {name: make_examples(tokenizer, name, data, args.max_response, f"{args.seed} 0", leaf_of)
-                for name in args.tasks}
-    if args.stage == "align":
-        valid = [e for rows in examples.values() for e in rows[::HELD_OUT_EVERY]]
-        for rows in examples.values():
+    examples, valid = {}, []
+    for name in args.tasks:
+        rows = make_examples(tokenizer, name, data, args.max_response, f"{args.seed} 0", leaf_of)
+        if args.stage == "align":
+            valid += rows[::HELD_OUT_EVERY]
             del rows[::HELD_OUT_EVERY]
-    else:
-        samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in data["items"]})
-        valid = make_examples(tokenizer, args.recommends, {**data, "samples": samples}, 0, "", leaf_of)
-    for name in examples.keys() - {name for name, rows in examples.items() if rows}:
-        print(f"task {name} | 0 examples")
-    examples = {name: rows for name, rows in examples.items() if rows}
+        if rows:
+            examples[name] = rows
+        else:
+            print(f"task {name} | 0 examples")
     if not examples:
         stop(f"--tasks: this run has no examples of {', '.join(args.tasks)}; choose other tasks")
+    if args.stage == "sft":
+        samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in data["items"]})
+        valid = make_examples(tokenizer, args.recommends, {**data, "samples": samples}, 0, "", leaf_of)
     examples, sizes = weigh(examples, args.tasks)
     for name, rows in examples.items():
         show_task(tokenizer, name, rows, sizes[name])
@@ -481,7 +472,7 @@ def main() -> None:
     fill_in(args, checkpoint["args"]["backbone"], (run / "queries.jsonl").exists())
 
     sid, data = checkpoint["sid"], read_data(run, items, args.tasks)
-    sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"])
+    sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes_of(items)), sid["codebook_size"], device)
     names = ("".join(item["sid"]) for item in items)
     leaf_of = dict(zip(names, leaf_of_items(trie).tolist())) if args.loss == "trie" else {}
@@ -499,9 +490,7 @@ def main() -> None:
     add_dropout(model, args.dropout)
     if args.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss_of = ResponseLoss(model, trie, sid_ids.to(device)).train()
-    if args.fsdp:
-        shard(loss_of, world)
+    model.train()
     optimizer = make_optimizer(model, args.lr, args.beta2, args.weight_decay)
     tokens = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {args.epochs} epochs of "
@@ -520,7 +509,7 @@ def main() -> None:
         print(f"continuing after update {step}")
     interrupted, leave, batches = catch_interrupts(device), False, []
     nll, counts = torch.zeros(2, len(TASKS), device=device, dtype=torch.double)
-    start, tokens = time.time(), 0      # since the last log line, as are nll and counts
+    start, tokens = time.time(), 0  # since the last log line, as are nll and counts
     bar = tqdm(total=steps, initial=step, desc=args.stage, unit="step", disable=rank > 0 or None)
 
     while step < steps and (not args.patience or bad_evals < args.patience) and not leave:
@@ -540,14 +529,12 @@ def main() -> None:
         for piece in micro_batches(batch, args.micro_tokens, rank, world):
             inputs = collate(piece, device)
             with autocast(device, args.precision):
-                losses = loss_of(inputs) * inputs.weights       # (S + R * L,)
-            loss = losses.sum() / supervised
-            (loss * world if args.fsdp else loss).backward()    # FSDP averages over processes
+                losses = response_losses(model, trie, sid_ids, inputs) * inputs.weights
+            (losses.sum() / supervised).backward()
             nll.index_add_(0, inputs.tasks, losses.detach().double())
             counts.index_add_(0, inputs.tasks, inputs.weights.double())
-        if not args.fsdp:
-            sum_gradients(model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), MAX_GRAD_NORM)
+        sum_gradients(model)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         bar.update()
         step, tokens = step + 1, tokens + sum(len(e.ids) for e in batch)
@@ -555,8 +542,7 @@ def main() -> None:
         # Log, validate, save
         row, better = {"step": step, "epoch": round(step / steps_per_epoch, 3)}, False
         if step % args.log_every == 0:
-            row |= {**task_losses(nll, counts), "lr": lr,
-                    "grad_norm": float(grad_norm.full_tensor() if args.fsdp else grad_norm),
+            row |= {**task_losses(nll, counts), "lr": lr, "grad_norm": grad_norm.item(),
                     "tokens_per_second": round(tokens / (time.time() - start))}
             bar.write(f"step {step:05d}/{steps} | loss {row['loss']:.4f} | lr {lr:.1e} | "
                       f"grad {row['grad_norm']:.2f} | {row['tokens_per_second']} tok/s")
@@ -564,8 +550,8 @@ def main() -> None:
             start, tokens = time.time(), 0
         validate = step % eval_every == 0 or step == steps
         if validate:
-            row["valid_loss"] = validation_loss(loss_of, valid, args.micro_tokens, args.precision,
-                                                rank, world)
+            row["valid_loss"] = validation_loss(model, trie, sid_ids, valid, args.micro_tokens,
+                                                args.precision, rank, world)
             better = row["valid_loss"] < best or not args.patience
             best, bad_evals = (row["valid_loss"], 0) if better else (best, bad_evals + 1)
             bar.write(f"step {step:05d}/{steps} | valid loss {row['valid_loss']:.4f} | "
@@ -575,20 +561,17 @@ def main() -> None:
         if len(row) > 2:
             log.append(row)
         leave = interrupted()
-        if better or validate and args.keep:
-            weights = get_model_state_dict(model, options=FULL_STATE)   # empty but on rank 0
-            weights = merge_lora(model, weights) if rank == 0 else {}
-            paths = [out] if better else []
-            if args.keep:
-                paths.append(out.with_name(f"{out.stem}_{step:05d}.pt"))
-            for path in paths if rank == 0 else []:
-                save_model(path, model, tokenizer, sid, weights, stage=args.stage, args=vars(args),
-                           step=step, metrics={"valid_loss": row["valid_loss"]})
+        paths = [out] if better else []
+        if args.keep and validate:
+            paths.append(out.with_name(f"{out.stem}_{step:05d}.pt"))
+        for path in paths if rank == 0 else ():
+            save_model(path, model, tokenizer, sid, stage=args.stage, args=vars(args), step=step,
+                       metrics={"valid_loss": row["valid_loss"]})
         if rank == 0 and (validate or leave or step % args.save_every == 0):
             write_jsonl(log_path, log)
-        if leave or step % args.save_every == 0:
+        if rank == 0 and (leave or step % args.save_every == 0):
             state = {"step": step, "best": best, "bad_evals": bad_evals, "log": log}
-            save_progress(resume_path, model, optimizer, state, settings, rank)
+            save_progress(resume_path, model, optimizer, state, settings)
 
     bar.close()
     if rank == 0 and not leave:

@@ -22,7 +22,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def grid(run: Path, backbone: str = "tiny") -> dict[str, Step]:
-    extra = {"init": "", "align": "--lr 1e-2", "train": "--epochs 1", "rl": ""}
+    extra = {"items": "--max-history 20", "init": "", "align": "--lr 1e-2", "train": "--epochs 1", "rl": ""}
     return ablation.all_steps(run, 7, "somewhere", backbone, extra, device="cpu")
 
 
@@ -53,7 +53,9 @@ def test_arms_differ_in_what_their_name_says(tmp_path):
     assert "init_sa.pt" in steps["sft_full"] and "token2text" in steps["sft_full"]
     assert "init_gaussian.pt" in steps["sft_no_sa"] and "token2text" in steps["sft_no_sa"]
     assert "init_sa.pt" in steps["sft_no_align"] and "token2text" not in steps["sft_no_align"]
-    assert "align_mean.pt" in steps["sft_star"] and "text2token" not in steps["sft_star"]
+    assert "align_mean.pt" in steps["sft_star"] and "--tasks sequence " in steps["sft_star"]
+    assert "full_mean.pt" in steps["sft_two_stage"] and "init_mean.pt" in steps["sft_alone"]
+    assert "--tasks sequence,search " in steps["sft_star_search"]
     assert ",search" in steps["sft_search"] and ",search" not in steps["sft_full"]
     assert "--keep" in steps["sft_full"] and "--keep" not in steps["sft_star"]
 

@@ -144,8 +144,16 @@ def test_mean_of_vocabulary(pretrained):
     torch.testing.assert_close(rows, (sum(pretrained) / 50).expand(2, 4, 8))
 
 
+def test_normal_rows_have_the_spread_of_hugging_face(pretrained):
+    rows = rows_of(pretrained, KEYWORD_IDS, 2, 4, init="normal")
+    again = rows_of(pretrained * 9 + 3, KEYWORD_IDS, 2, 4, init="normal")
+    assert rows.shape == (2, 4, 8) and torch.equal(rows, again)
+    assert rows.std() == pytest.approx(0.02, rel=0.4) and abs(rows.mean()) < 0.01
+
+
 def test_gaussian_has_the_fitted_moments(pretrained):
-    rows = gaussian_rows(pretrained, 40_000, seed=3).double().numpy()
+    noise = torch.randn(40_000, 8, generator=torch.Generator().manual_seed(3))
+    rows = gaussian_rows(pretrained, noise).double().numpy()
     text = pretrained.double().numpy()
     sigma = np.cov(text.T, bias=True)
     scale = np.sqrt(np.diag(sigma))
@@ -153,7 +161,7 @@ def test_gaussian_has_the_fitted_moments(pretrained):
     assert np.abs((np.cov(rows.T, bias=True) - sigma) / np.outer(scale, scale)).max() < 0.05
     flat = pretrained.clone()
     flat[:, 2] = 1.5                                        # a direction without variance
-    rows = gaussian_rows(flat, 100, seed=3)
+    rows = gaussian_rows(flat, noise[:100])
     assert torch.allclose(rows[:, 2], torch.tensor(1.5), atol=1e-2)
 
 

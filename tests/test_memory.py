@@ -8,8 +8,8 @@ import torch
 
 import evaluate
 from conftest import call, random_model, write_lines
-from evaluate import (Memory, beam_search, build_trie, count_pairs, leaf_filter, leaf_of_items, make_memory,
-                      recall, what_training_showed, yardsticks)
+from evaluate import (Memory, beam_search, build_trie, count_pairs, leaf_of_items, make_memory,
+                      recall, search_all, what_training_showed, yardsticks)
 from test_evaluate import CPU, K, exhaustive, items_of, random_catalogue, random_prompts, read_lines
 from train import user_sequences
 
@@ -68,13 +68,13 @@ def test_recall_by_hand():
     pairs = count_pairs(samples_of([["a", "b", "c"]]))
     assert pairs == {"a": {"b": 1 / 11.5, "c": 0.5 / 11.5}, "b": {"a": 0.5 / 11.5, "c": 1 / 11.5},
                      "c": {"b": 0.5 / 10.75, "a": 0.25 / 10.75}}
-    found = recall(["b", "a"], pairs, {"a", "b", "c"}, set())
+    found = recall(["b", "a"], pairs, {"a", "b", "c"})
     # a is the last item and weighs 1, b weighs 0.5
     mass = {"b": 1 / 11.5, "c": 0.5 / 11.5 + 0.5 / 11.5, "a": 0.5 * 0.5 / 11.5}
     assert found == pytest.approx({item: n / 1.5 for item, n in mass.items()})
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert list(recall(["b", "a"], pairs, {"a", "c"}, {"a"})) == ["c"]  # b is not in the catalogue
-    assert recall(["z"], pairs, {"a"}, set()) == {} and recall([], pairs, {"a"}, set()) == {}
+    assert list(recall(["b", "a"], pairs, {"c"})) == ["c"]  # a and b are not in the catalogue
+    assert recall(["z"], pairs, {"a"}) == {} and recall([], pairs, {"a"}) == {}
 
 
 # ---- the search ----
@@ -124,16 +124,14 @@ def test_few_beams_follow_the_mixture():
         assert items_of(trie, leaves[row]) == rows
 
 
-def test_filtered_items_stay_away():
+def test_skipped_items_stay_away():
     model, (codes, sid_ids), prompts = random_model("qwen2"), random_catalogue(3, 40), random_prompts()
     trie = build_trie(codes, K, CPU)
     recalled = [{0: 0.5, 7: 0.5}] * len(prompts)
-    memory = make_memory(recalled, dict(enumerate(leaf_of_items(trie).tolist())), 0.9, CPU)
-    allowed = leaf_filter(trie, [[0, 3]] * len(prompts))
-    leaves, scores = beam_search(model, trie, sid_ids, prompts, len(codes), allowed, memory=memory)
-    for row in range(len(prompts)):
-        found = items_of(trie, leaves[row][scores[row] > -torch.inf])
-        assert len(found) == len(codes) - 2 and not {0, 3} & set(found) and found[0] == 7
+    rankings = search_all(model, trie, sid_ids, list(range(len(codes))), prompts, 40, 100,
+                          [{0, 3}] * len(prompts), recalled, 0.9)
+    for ranking in rankings:
+        assert len(ranking.items) == len(codes) - 2 and not {0, 3} & set(ranking.items) and ranking.items[0] == 7
 
 
 def test_draws_from_the_mixture():
@@ -159,7 +157,7 @@ def test_draws_from_the_mixture():
 def test_skip_gram_by_hand():
     train = samples_of([list("abc"), list("dc"), list("dc"), list("ab")])
     samples = [{"history": ["b"]}, {"history": ["z"]}]
-    recalled = [recall(sample["history"], count_pairs(train), set("abcd"), set()) for sample in samples]
+    recalled = [recall(sample["history"], count_pairs(train), set("abcd")) for sample in samples]
     ranked = yardsticks(train, samples, list("abcd"), [set(), set()], recalled, 4)["skip-gram"]
     # after b: a has 0.5 + 0.5, c has 1, so popularity decides: c is a target three times; then the popular
     assert ranked[0] == ["c", "a", "b", "d"]
@@ -173,6 +171,13 @@ def test_kinds_by_hand():
         assert what_training_showed(train, [{"history": history, "target": target}]) == [kind]
 
 
+def test_hits_by_level_by_hand():
+    sid_of = {1: ["<a_0>", "<b_0>"], 2: ["<a_0>", "<b_1>"], 3: ["<a_1>", "<b_0>"]}
+    # right; first code right; both wrong, though the second codes agree; nothing found
+    ranked = [[1, 2], [2, 1], [3], []]
+    assert evaluate.hits_by_level([1, 1, 1, 1], ranked, sid_of) == [0.5, 0.25]
+
+
 def test_table_metrics_and_shares(run, tmp_path, capsys):
     metrics, predictions = tmp_path / "metrics.jsonl", tmp_path / "predictions.jsonl"
     flags = "--run", run, "--metrics", metrics, "--predictions", predictions
@@ -183,8 +188,9 @@ def test_table_metrics_and_shares(run, tmp_path, capsys):
         assert sum(kind["n"] for kind in row["kinds"].values()) == row["n"]
         hits = sum(kind["n"] * kind["HR@10"] for kind in row["kinds"].values())
         assert hits == pytest.approx(row["n"] * row["HR@10"])
+        assert sorted(row["codes"], reverse=True) == row["codes"] and row["codes"][-1] == row["HR@1"]
     out = capsys.readouterr().out
-    assert "HR@1 / HR@10 of targets" in out and all(kind in out for kind in rows["sft.pt"]["kinds"])
+    assert "HR@1 / HR@10 of targets" in out and "code 3 of the best item" in out and all(kind in out for kind in rows["sft.pt"]["kinds"])
     mixed = read_lines(predictions)
     call(evaluate, *flags, "--memory", 0)
     assert [row["method"] for row in read_lines(metrics)[5:]] == list(rows)[:4]

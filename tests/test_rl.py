@@ -379,7 +379,7 @@ def test_what_does_not_help_leaves_the_sft_weights(run, capsys, monkeypatch):
     call(stage, "--run", run, *QUICK, "--patience", 3, "--eval-every", 1)
     before, after = weights_of(run / "sft.pt"), weights_of(run / "rl.pt")
     assert before.keys() == after.keys() and all(torch.equal(w, after[name]) for name, w in before.items())
-    assert "weights of sft.pt" in capsys.readouterr().out
+    assert "no step was better than sft.pt" in capsys.readouterr().out
     assert read_lines(run / "rl_log.jsonl")[-1]["step"] == 3            # patience
 
 

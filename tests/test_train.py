@@ -4,6 +4,8 @@ import json
 import math
 import random
 import re
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -116,8 +118,10 @@ def sids_and_texts(count: int = 8, codes: torch.Tensor = CODES,
     return [e._replace(weight=n + 0.5) for n, e in enumerate(out)]
 
 
-def loss_of(model, codes: torch.Tensor = CODES, sid_ids: torch.Tensor = SID_IDS) -> stage.ResponseLoss:
-    return stage.ResponseLoss(model, build_trie(codes, sid_ids.shape[1], CPU), sid_ids)
+def loss_of(model, codes: torch.Tensor = CODES, sid_ids: torch.Tensor = SID_IDS) -> Callable:
+    """The losses of a batch as a function of the batch."""
+    trie = build_trie(codes, sid_ids.shape[1], CPU)
+    return partial(stage.response_losses, model, trie, sid_ids)
 
 
 def naive_losses(model, examples: list[stage.Example]) -> torch.Tensor:
@@ -434,7 +438,7 @@ def test_samples_that_do_not_continue_start_a_new_sequence():
 def test_align_holds_out_every_20th_example_of_each_task(finished_run, tmp_path, monkeypatch):
     trained, validated, batches_of = [], [], stage.epoch_batches
     monkeypatch.setattr(stage, "epoch_batches", lambda rows, *_: trained.append(rows) or batches_of(rows, *_))
-    monkeypatch.setattr(stage, "validation_loss", lambda loss_of, rows, *_: validated.extend(rows) or 1.0)
+    monkeypatch.setattr(stage, "validation_loss", lambda *args: validated.extend(args[3]) or 1.0)
     call(stage, "--run", finished_run, "--stage", "align", "--tasks", "title2sid,name_item", "--epochs", 1,
          "--batch-size", 1000, "--out", tmp_path / "align.pt")
     items = tokenize_items.read_catalogue(finished_run / "items.jsonl")
@@ -596,18 +600,18 @@ def test_shares_of_the_loss_by_hand():
 
 def test_validation_loss_is_the_mean_over_weighted_tokens(monkeypatch):
     model, examples = random_model(), sids_and_texts()
-    loss, weights = loss_of(model), [e.weight for e in texts_first(examples) for _ in e.ids[e.start:]]
-    weights = torch.tensor(weights)
+    trie = build_trie(CODES, SID_IDS.shape[1], CPU)
+    weights = torch.tensor([e.weight for e in texts_first(examples) for _ in e.ids[e.start:]])
     expected = ((slow_losses(model, examples) * weights).sum() / weights.sum()).item()
     for micro_tokens in (10 ** 9, 40):
-        value = stage.validation_loss(loss, examples, micro_tokens, "float32", 0, 1)
+        value = stage.validation_loss(model, trie, SID_IDS, examples, micro_tokens, "float32", 0, 1)
         assert value == pytest.approx(expected, abs=1e-5)
-    assert loss.training and model.training and all(p.grad is None for p in model.parameters())
+    assert model.training and all(p.grad is None for p in model.parameters())
 
     sums = []                                                           # of more processes than examples
     monkeypatch.setattr(stage, "sum_over_processes", lambda value: sums.append(value.item()) or value)
     for rank in range(20):
-        stage.validation_loss(loss, examples, 40, "float32", rank, 20)
+        stage.validation_loss(model, trie, SID_IDS, examples, 40, "float32", rank, 20)
     assert sum(sums[::2]) / sum(sums[1::2]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -910,18 +914,6 @@ def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.parse_args(flags.split())
     assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("torchrun, flags, word", [
-    (False, [], "torchrun"), (True, ["--lora", "2"], "exclude"), (True, ["--stage", "align"], "exclude")])
-def test_shards_need_several_processes_and_all_weights(torchrun, flags, word, monkeypatch, capsys):
-    if torchrun:
-        monkeypatch.setenv("RANK", "0")
-        assert stage.parse_args(["--fsdp"]).fsdp
-    with pytest.raises(SystemExit) as stopped:
-        stage.parse_args(["--fsdp", *flags])
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and "error: " in line and "--fsdp" in line and word in line
 
 
 @pytest.mark.parametrize("tasks", ["next,nonsense", "", "next,"])

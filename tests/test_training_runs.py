@@ -16,7 +16,8 @@ from tqdm import tqdm
 import init_embeddings
 import train as stage
 from conftest import ROOT, assert_stops, call, random_model
-from init_embeddings import LoRA, add_lora, load_model, merge_lora, save_model, sid_digest, sid_token_ids
+from init_embeddings import (LoRA, add_lora, build_trie, load_model, merged_weights, save_model, sid_digest,
+                             sid_token_ids)
 from test_train import loss_of, sids_of
 from tokenize_items import read_catalogue, read_samples
 
@@ -151,7 +152,7 @@ def adapted_model(kind: str, tied: bool):
         if isinstance(module, LoRA):
             assert not module.b.any()                                   # no change at the start
             torch.nn.init.normal_(module.b, std=0.02)
-    weights = merge_lora(model, {name: p.detach().clone() for name, p in model.state_dict().items()})
+    weights = merged_weights(model)
     assert weights.keys() == merged.state_dict().keys()
     merged.load_state_dict(weights)
     return model.eval(), merged
@@ -208,7 +209,8 @@ def test_lora_run_leaves_a_plain_checkpoint(kind, tied, run):
     samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in items})
     codes, sid_ids, leaf_of = sids_of(items, tokenizer)
     valid = stage.make_examples(tokenizer, "next", {"items": items, "samples": samples}, 9, "", leaf_of)
-    loss = stage.validation_loss(loss_of(model, codes, sid_ids), valid, 4096, "float32", 0, 1)
+    trie = build_trie(codes, sid_ids.shape[1], CPU)
+    loss = stage.validation_loss(model, trie, sid_ids, valid, 4096, "float32", 0, 1)
     assert loss == pytest.approx(after["metrics"]["valid_loss"], abs=1e-5)
 
 
@@ -343,8 +345,8 @@ def test_torchrun_equals_one_process(alone, finished_run, tmp_path):
     assert_close(tmp_path / "two.pt", alone)
 
 
-def test_shards_equal_one_process_though_one_is_interrupted(alone, forked, finished_run, tmp_path):
-    flags = ("--run", finished_run, *SHARED, "--fsdp", "--micro-tokens", 200, "--out", tmp_path / "two.pt")
+def test_two_processes_equal_one_though_one_is_interrupted(alone, forked, finished_run, tmp_path):
+    flags = ("--run", finished_run, *SHARED, "--micro-tokens", 200, "--out", tmp_path / "two.pt")
     assert two_processes(forked, *flags, death=(signal.SIGINT, "learning_rate", 5)) == [130, 130]
     assert checkpoint(tmp_path / "two_resume.pt")["state"]["step"] == 5
     assert two_processes(forked, *flags, "--resume") == [0, 0]

@@ -3,8 +3,9 @@
   tsrec          TS-Rec, table 3: without SA-Init, without TS-Align, without both
   depth          TS-Rec, figure 4: SA-Init on the first 0, 1, 2, 3 levels, and HR@5 along training
   inits          SID rows at random, from the mean of the vocabulary, by SA-Init in three ways, after align
-  star           STAR, table 1: align, then sft, against LC-Rec-style multi-task sft and TS-Rec
-  search         STAR, table 2: search queries, with and without the search task and align
+  star           STAR, tables 1 and 3: align, then sft on the next item alone; all weights aligned instead;
+                 no alignment; LC-Rec style and TS-Rec, both multi-task
+  search         STAR, table 2: search queries; after align, sft on next item and search alone
   scaling        STAR, figure 3: 10, 25, 50 and 100 % of the training users
   rl             TS-Rec, table 4: SFT against SFT + RL, from two starts; other rollouts and rewards
   comprehension  TS-Rec, figure 5: Title2SID and SID2Title
@@ -49,7 +50,7 @@ from init_embeddings import build_trie, load_model, mean_cosine, sid_token_ids  
 from plot import effective_rank  # noqa: E402
 from tokenize_items import (atomic_write, codes_of, make_parser, number, read_catalogue,  # noqa: E402
                             read_jsonl, set_up, write_jsonl)
-from train import PRESETS, prompt_ids  # noqa: E402
+from train import PRESETS, STAR_ALIGN, prompt_ids  # noqa: E402
 
 
 class Arm(NamedTuple):
@@ -58,7 +59,8 @@ class Arm(NamedTuple):
     start: str                          # how the SID rows are initialised: "sa", or a name of INITS
     ts_align: bool = True               # train the tasks of TS-Align?
     search: bool = False                # train the search task?
-    align: bool = False                 # STAR's align before sft?
+    align: str = ""                     # before sft, on STAR's alignment tasks: "align" (STAR) or "full"
+    alone: bool = False                 # sft on the next item alone, as STAR (its table 7)
 
 
 ARMS = {
@@ -71,15 +73,20 @@ ARMS = {
     "mean": Arm("mean of the vocabulary", "mean"),
     "printed": Arm("SA-Init as printed, --sa-norm none", "printed"),
     "vocab": Arm("SA-Init, --sa-norm vocab", "vocab"),
-    "aligned": Arm("mean, align, then sft with TS-Align", "mean", align=True),
-    "star": Arm("STAR: mean, align, then sft", "mean", ts_align=False, align=True),
+    "normal": Arm("N(0, 0.02^2), the default of Hugging Face", "normal"),
+    "aligned": Arm("mean, align, then sft with TS-Align", "mean", align="align"),
+    "alone": Arm("mean, next item alone", "mean", alone=True),
+    "star": Arm("STAR: mean, align, next item alone", "mean", align="align", alone=True),
+    "two_stage": Arm("mean, align with all weights, next item alone", "mean", align="full", alone=True),
     "search": Arm("TS-Rec, search task", "sa", search=True),
-    "star_search": Arm("STAR: mean, align, sft, search task", "mean", ts_align=False, search=True,
-                       align=True),
+    "lcrec_search": Arm("LC-Rec style, search task", "gaussian", ts_align=False, search=True),
+    "star_search": Arm("STAR: mean, align, next item and search", "mean", search=True, align="align",
+                       alone=True),
 }
 INITS = {                               # name -> flags of init_embeddings.py
     "gaussian": "--init gaussian",
     "mean": "--init mean",
+    "normal": "--init normal",
     "printed": "--sa-norm none",
     "vocab": "--sa-norm vocab",
     "depth1": "--sa-depth 1",
@@ -100,9 +107,9 @@ TEACHERS = {"tfidf": "offline teacher (TF-IDF)", "llm": "the authors' LLM"}
 SHARES = (10, 25, 50)                   # percent of the training users
 TSREC = ("full", "no_sa", "no_align", "neither")
 DEPTHS = ("no_sa", "depth1", "depth2", "full")
-STARTS = ("no_sa", "mean", "printed", "vocab", "full", "aligned")
-STAR = ("neither", "star", "full")
-SEARCH = ("full", "search", "star", "star_search")
+STARTS = ("no_sa", "normal", "mean", "printed", "vocab", "full", "aligned")
+STAR = ("neither", "alone", "star", "two_stage", "full")
+SEARCH = ("full", "search", "lcrec_search", "star", "star_search")
 SCALING = ("full", "neither")
 TS_ALIGN = ("text2token", "token2text")
 COLD_BEAMS = 50
@@ -117,11 +124,11 @@ class Step(NamedTuple):
     checkpoints: str = ""               # if given, the command is run for each file of this pattern
 
 
-def task_list(backbone: str, ts_align: bool = True, search: bool = False) -> str:
-    """The value of --tasks: what the backbone's preset trains, with or without TS-Align and search."""
+def task_list(backbone: str, ts_align: bool = True, search: bool = False, alone: bool = False) -> str:
+    """The value of --tasks: what the backbone's preset trains, or its first task, the next item, alone."""
     names = PRESETS["tiny" if backbone == "tiny" else "hf"]["tasks"].split(",")
     names = [name for name in names if ts_align or name.split(":")[0] not in TS_ALIGN]
-    return ",".join(names + ["search"] * search)
+    return ",".join((names[:1] if alone else names) + ["search"] * search)
 
 
 def evaluation(run: Path, checkpoint: str, name: str, flags: str, data: Path | None = None) -> Step:
@@ -135,19 +142,21 @@ def training_steps(run: Path, seed: int, data: str, backbone: str, extra: dict) 
     """Catalogue, semantics, every start; training and figures of every arm."""
     common = f"--run {run} --seed {seed}"
     steps = {
-        "items": Step(f"tokenize_items.py {common}" + (f" --data {data}" if data else "")),
+        "items": Step(f"tokenize_items.py {common} {extra['items']}" + (f" --data {data}" if data else "")),
         "semantics": Step(f"extract_semantics.py {common} --queries 5", ("items",)),
         "init_sa": Step(f"init_embeddings.py {common} --backbone {backbone} "
                         f"--out {run}/init_sa.pt {extra['init']}", ("semantics",)),
         "align_mean": Step(f"train.py {common} --stage align --from {run}/init_mean.pt "
-                           f"--out {run}/align_mean.pt --resume {extra['align']}", ("init_mean",)),
+                          f"--out {run}/align_mean.pt --resume {extra['align']}", ("init_mean",)),
+        "full_mean": Step(f"train.py {common} --tasks {STAR_ALIGN} --from {run}/init_mean.pt "
+                          f"--out {run}/full_mean.pt --resume {extra['align']}", ("init_mean",)),
     }
     for name, flags in INITS.items():
         steps[f"init_{name}"] = Step(f"init_embeddings.py {common} --backbone {run}/init_sa.pt "
                                      f"--out {run}/init_{name}.pt {flags}", ("init_sa",))
     for name, arm in ARMS.items():
-        start, trained = f"align_{arm.start}" if arm.align else f"init_{arm.start}", f"sft_{name}"
-        tasks = task_list(backbone, arm.ts_align, arm.search)
+        start, trained = f"{arm.align or 'init'}_{arm.start}", f"sft_{name}"
+        tasks = task_list(backbone, arm.ts_align, arm.search, arm.alone)
         keep = "--keep" if name in DEPTHS else ""               # the weights of every validation
         steps[trained] = Step(f"train.py {common} --from {run}/{start}.pt --out {run}/{trained}.pt --resume "
                               f"--tasks {tasks} {keep} {extra['train']}", (start,))
@@ -307,7 +316,8 @@ def evaluate_as_scored(run: Path, checkpoint: Path, split: str, out: Path, devic
     item_ids = [item["item_id"] for item in items]
     rankings = search_all(model, trie, sid_ids, item_ids, prompts, COLD_BEAMS, batch_tokens=16384)
     ranks = [rank_of(pair.row["target"], ranking.items) for pair, ranking in zip(pairs, rankings)]
-    write_jsonl(out, [{"method": checkpoint.name, "level": "item", **rank_metrics(ranks, CUTOFFS)}])
+    cutoffs = tuple(k for k in CUTOFFS if k <= COLD_BEAMS)
+    write_jsonl(out, [{"method": checkpoint.name, "level": "item", **rank_metrics(ranks, cutoffs)}])
 
 
 def measure_rows(run: Path, checkpoints: list[Path], out: Path) -> None:
@@ -460,9 +470,9 @@ def model_row(label: str, name: str, runners: list[Runner], heads: Sequence[str]
 
 
 def yardstick_rows(name: str, runners: list[Runner], heads: Sequence[str]) -> list[list[str]]:
-    """Popularity and bigram, from the same evaluations."""
+    """The three counts, from the same evaluations."""
     rows = []
-    for method in ("popularity", "bigram"):
+    for method in ("popularity", "bigram", "skip-gram"):
         row = [method]
         for head in heads:
             step, figure = step_and_figure(head, name)
@@ -480,7 +490,7 @@ def log_cell(runners: list[Runner], step: str, figure: str, choose: Callable, di
 
 def models_table(title: str, heads: Sequence[str], labels: dict[str, str], runners: list[Runner],
                  yardsticks: bool = True) -> str:
-    """The figures of some models (name -> label), below popularity and bigram."""
+    """The figures of some models (name -> label), below the counts."""
     rows = yardstick_rows(next(iter(labels)), runners, heads) if yardsticks else []
     rows += [model_row(label, name, runners, heads) for name, label in labels.items()]
     return markdown(title, ["", *heads], rows)
@@ -576,7 +586,7 @@ TABLES = {
     "depth": Table(evaluations(DEPTHS, "valid", "test", "along"), depth_table),
     "inits": Table(evaluations(STARTS, "valid", "test", "rows"), inits_tables),
     "star": Table(evaluations(STAR, "valid", "test"), partial(
-        arms_table, "STAR, table 1: align, then sft", STAR)),
+        arms_table, "STAR, tables 1 and 3: align, then sft", STAR)),
     "search": Table(evaluations(SEARCH, "test", "search"), partial(
         models_table, "STAR, table 2: search, and the next item",
         ("search HR@5", "search HR@10", "search NDCG@5", "search NDCG@10", "HR@10", "NDCG@10"),
@@ -608,6 +618,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--backbone", default="tiny", help="as for init_embeddings.py")
     flag("--jobs", type=number(int, 1), default=1, help="steps at a time; they share the cores")
     flag("--print", action="store_true", help="print the figures so far and run nothing")
+    flag("--items", default="", help="more flags for tokenize_items.py; STAR: --max-history 20")
     flag("--init", default="", help='more flags for init_embeddings.py, as in --init="--width 512"')
     flag("--align", default="", help="more flags for train.py --stage align")
     flag("--train", default="", help="more flags for train.py")
@@ -630,7 +641,7 @@ def main() -> int:
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else 0
     if threads:
         torch.set_num_threads(threads)                          # for the steps that are functions
-    extra = {"init": args.init, "align": args.align, "train": args.train, "rl": args.rl}
+    extra = {"items": args.items, "init": args.init, "align": args.align, "train": args.train, "rl": args.rl}
     runners = []
     for seed in args.seeds.split(","):
         run = out / f"seed-{seed}"

@@ -38,8 +38,8 @@ from init_embeddings import (Trie, autocast, build_trie, expand, load_model, mak
 from rl import Catalogue, tree_log_probs  # noqa: E402
 from tokenize_items import (assign, codes_of, kmeans, length_batches, make_parser, number,  # noqa: E402
                             read_catalogue, seed_centroids, set_up, write_jsonl)
-from train import (MAX_GRAD_NORM, PRESETS, TASKS, Example, ResponseLoss, collate,  # noqa: E402
-                   micro_batches, prompt_ids)
+from train import (MAX_GRAD_NORM, PRESETS, TASKS, Batch, Example, collate,  # noqa: E402
+                   micro_batches, prompt_ids, response_losses)
 
 # Letters used in shapes: B users, T prompt tokens, W beams, G rollouts, L levels, K codes per level, N items,
 # V vocabulary rows, D width.
@@ -485,17 +485,17 @@ def make_trainer(model, examples: list[Example], precision: str, folder: str):
     return Trainer(model, settings, train_dataset=dataset, data_collator=DataCollatorForSeq2Seq(tokenizer))
 
 
-def vocabulary_loss(model) -> ResponseLoss:
-    """The loss of train.py over the whole vocabulary, as --loss vocab: its trie is not used."""
+def vocabulary_loss(model, batch: Batch) -> torch.Tensor:
+    """The losses of train.py over the whole vocabulary, as --loss vocab: its trie is not used."""
     sid_ids = last_rows(len(model.get_output_embeddings().weight), model.device)
     one_item = torch.zeros(1, LEVELS, dtype=torch.long)
-    return ResponseLoss(model, build_trie(one_item, CODES, model.device), sid_ids)
+    return response_losses(model, build_trie(one_item, CODES, model.device), sid_ids, batch)
 
 
 def train_update(model, examples: list[Example], precision: str, beta2: float, weight_decay: float,
                  micro_tokens: int) -> None:
     """One update as in the loop of train.py, with a new optimizer."""
-    device, loss_of = model.device, vocabulary_loss(model).train()
+    device = model.train().device
     optimizer = make_optimizer(model, 1e-6, beta2, weight_decay)
     nll, counts = torch.zeros(len(TASKS), device=device), torch.zeros(len(TASKS), device=device)
     optimizer.zero_grad(set_to_none=True)
@@ -503,11 +503,11 @@ def train_update(model, examples: list[Example], precision: str, beta2: float, w
     for piece in micro_batches(examples, micro_tokens, rank=0, world=1):
         inputs = collate(piece, device)
         with autocast(device, precision):
-            losses = loss_of(inputs) * inputs.weights
+            losses = vocabulary_loss(model, inputs) * inputs.weights
         (losses.sum() / supervised).backward()
         nll.index_add_(0, inputs.tasks, losses.detach())
         counts.index_add_(0, inputs.tasks, inputs.weights)
-    torch.nn.utils.clip_grad_norm_(loss_of.parameters(), MAX_GRAD_NORM)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
 
 
@@ -530,7 +530,7 @@ def bench_sft(bench: Bench, sizes: Sizes, precision: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, examples, precision, folder)
         with torch.no_grad():                                   # the same loss, hence the same work
-            ours = vocabulary_loss(model)(collate(examples[:4], bench.device)).mean().item()
+            ours = vocabulary_loss(model, collate(examples[:4], bench.device)).mean().item()
             inputs = trainer.data_collator(trainer.train_dataset[:4])
             inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
             theirs = trainer.compute_loss(model, inputs).item()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from evaluate import follow, prefill, read_tokens  # noqa: E402
-from init_embeddings import check_lengths, load_model, position_limit  # noqa: E402
+from init_embeddings import check_lengths, load_model  # noqa: E402
 from tokenize_items import (length_batches, make_parser, number, read_catalogue, read_jsonl,  # noqa: E402
                             set_up, stop, write_jsonl)
 from train import TASKS, make_pairs, prompt_ids, read_data  # noqa: E402
@@ -75,7 +75,7 @@ def text_metrics(wanted: list[str], found: list[list[str]]) -> dict[str, float]:
 def decode_all(model, tokenizer, prompts: list[list[int]], num_beams: int, max_tokens: int,
                batch_tokens: int) -> list[list[str]]:
     """Texts for every prompt, best first; never past the backbone's positions."""
-    limit = position_limit(model.config, in_search=True)
+    limit = check_lengths(max(map(len, prompts)), model.config, in_search=True)
     texts: list = [None] * len(prompts)
     batches = length_batches([len(prompt) for prompt in prompts], batch_tokens)
     for rows in tqdm(batches, desc="decode", disable=None):
@@ -110,7 +110,6 @@ def main() -> None:
     if not pairs:
         stop(f"--task {args.task}: this run has no examples of it")
     prompts = prompt_ids(tokenizer, [pair.instruction for pair in pairs])
-    check_lengths(max(len(prompt) for prompt in prompts), model.config, in_search=True)
     responses = [pair.response for pair in pairs]
     longest = 1 + max(len(ids) for ids in tokenizer(responses, add_special_tokens=False).input_ids)
     start = time.time()
