@@ -42,13 +42,15 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 from extract_semantics import read_queries, read_semantics
-from init_embeddings import (Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, load_model,
-                             new_items, read_in_bf16, sid_token_ids)
-from tokenize_items import (ID, codes_of, length_batches, make_parser, number, read_catalogue, read_jsonl,
-                            read_samples, set_up, stop, write_jsonl)
+from init_embeddings import (
+    Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, load_model, new_items, read_in_bf16,
+    sid_token_ids)
+from tokenize_items import (
+    ID, codes_of, length_batches, make_parser, number, read_catalogue, read_jsonl, read_samples, set_up, stop,
+    write_jsonl)
 from train import TASKS, history_fields, make_pairs, prompt_ids
 
-# Letters used in shapes: B users, T prompt tokens, W beams, L levels, K codes, M most children, N items.
+# Shapes: B users, T prompt tokens, W beams, L levels, K codes, M most children, N items.
 CUTOFFS = (1, 3, 5, 10, 20, 50, 100)
 MEMORY_STEPS, MEMORY_DECAY, MEMORY_REVERSE, MEMORY_PRIOR = 10, 0.5, 0.5, 10
 KINDS = ("in the history", "followed the last item in train", "paired in train with the history",
@@ -97,7 +99,7 @@ def recall(history: list, pairs: dict, known) -> dict:
     return dict(found.most_common())
 
 class Memory(NamedTuple):
-    """What the memory says to each prompt of a batch, sparse: S leaves at most, ascending."""
+    """What the memory says to each prompt, sparse: S leaves at most, ascending."""
     leaves: Tensor  # (B, S), padded with a number beyond all leaves
     before: Tensor  # (B, S + 1), lambda * mass of the leaves before each one
     share: Tensor   # (B, 1, 1), lambda * mass of all
@@ -169,7 +171,7 @@ def tree_mask(lengths: Tensor, width: int, ancestors: list[Tensor], slots: list[
 
 def read_tokens(model, tokens: Tensor, prefix: Prefix, depth: Tensor | int, ancestors: list[Tensor],
                 slots: list[int], precision: str = "cuda") -> Tensor:
-    """One forward pass of tree tokens (B, W) at their depth behind the prompts; -> (B, W, D)."""
+    """One pass of tree tokens (B, W) at their depth behind the prompts; -> (B, W, D)."""
     with autocast(model.device, precision):
         return model.base_model(
             input_ids=tokens, past_key_values=prefix.cache, use_cache=True,
@@ -289,7 +291,7 @@ def yardsticks(train: list[dict], samples: list[dict], item_ids: list, skip: lis
     return rankings
 
 def what_training_showed(train: list[dict], samples: list[dict]) -> list[str]:
-    """For each sample one of KINDS: how much of its target a count of train.jsonl can know."""
+    """For each sample one of KINDS: what a count of train.jsonl can know of its target."""
     adjacent = {(sample["history"][-1], sample["target"]) for sample in train}
     pairs, seen = count_pairs(train), {i for sample in train for i in (*sample["history"], sample["target"])}
     kinds = []
@@ -309,14 +311,14 @@ def hits_by_kind(ranks: list[int | None], kinds: list[str]) -> dict[str, dict]:
     return found
 
 def hits_by_level(targets: list, ranked: list[list], sid_of: dict) -> list[float]:
-    """How often the best item has the target's first code, then also its second, and so on; (L,)."""
+    """How often the best item has the target's first code, its first two, and so on; (L,)."""
     depths = range(1, len(sid_of[targets[0]]) + 1)
     best = [(sid_of[target], sid_of[items[0]]) for target, items in zip(targets, ranked) if items]
     return [sum(a[:depth] == b[:depth] for a, b in best) / len(targets) for depth in depths]
 
 def measure(facts: dict, items: list[dict], targets: list, rankings: dict[str, list],
             leaves: dict[str, list], leaf_of: dict, kinds: list[str]) -> list[dict]:
-    """One row per method: figures by item and, if SIDs collide, by SID. rankings, leaves: by method."""
+    """One row per method: figures by item and, if SIDs collide, by SID."""
     cutoffs, results = tuple(k for k in CUTOFFS if k <= facts["num_beams"]), []
     sid_of = {item["item_id"]: item["sid"] for item in items}
     for method, ranked in rankings.items():
@@ -332,14 +334,13 @@ def measure(facts: dict, items: list[dict], targets: list, rankings: dict[str, l
 # ---- Output ------------------------------------------------------
 def print_table(rows: list[dict]) -> None:
     """One line per method: HR and NDCG at the papers' cut-offs."""
-    heads = [f"{name}@{k}" for name in ("HR", "NDCG") for k in (1, 3, 5, 10)]
-    heads = [head for head in heads if head in rows[0]]
+    heads = [f"{name}@{k}" for name in ("HR", "NDCG") for k in (1, 3, 5, 10) if f"HR@{k}" in rows[0]]
     print(f"{'method':<24}{'level':<6}" + "".join(f"{head:>9}" for head in heads))
     for row in rows:
         print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[head]:>9.4f}" for head in heads))
 
 def print_details(rows: list[dict]) -> None:
-    """HR@1 / HR@10 by what training has shown of the target; then how far the best SIDs are right."""
+    """HR@1 / HR@10 by what training has shown of the target; how often the best codes are right."""
     heads = "".join(f"{row['method'][-18:]:>20}" for row in rows)
     print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}{heads}")
     for kind, first in rows[0]["kinds"].items():
@@ -347,13 +348,12 @@ def print_details(rows: list[dict]) -> None:
         print(f"{kind:<34}{first['n']:>6}" + "".join(f"{hit:>20}" for hit in hits))
     for level in range(len(rows[0]["codes"])):
         name = f"code {level + 1} of the best item right" + (", if all before" if level else "")
-        before = [row["codes"][level - 1] if level else 1 for row in rows]
-        shares = [row["codes"][level] / max(b, 1e-9) for row, b in zip(rows, before)]
-        print(f"{name:<46}" + "".join(f"{share:>20.3f}" for share in shares)[6:])
+        shares = [row["codes"][level] / max(1e-9, [1, *row["codes"]][level]) for row in rows]
+        print(f"{name:<40}" + "".join(f"{share:>20.3f}" for share in shares))
 
 def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str, list[str]],
               masses: dict, target=None) -> None:
-    """Print a history, ten recommendations with their tokens' meaning, and the target's rank.
+    """Print a history, ten recommendations in words, and the target's rank.
 
     masses: what the memory adds to the probability of each item, lambda * p_memory.
     """
@@ -365,7 +365,7 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
     print("history:")
     for item_id in history:
         print(f"     -    {item_id!r} {item_of[item_id]['title'][:80]}")
-    print("recommendations (rank, log-probability, memory's share of the probability):")
+    print("recommendations (rank, log-probability, memory's share):")
     for n, (item_id, score) in enumerate(zip(ranking.items[:10], ranking.scores), 1):
         mark = "  <-- target" if item_id == target else ""
         share = min(1, masses.get(item_id, 0) / math.exp(score))
@@ -375,11 +375,11 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
         print(f"target: {f'rank {rank}' if rank else 'not found'}, {in_words(target)}\n")
 
 def export(folder: Path, model, tokenizer, items: list[dict], instruction: str) -> None:
-    """Write the checkpoint as a Hugging Face folder, with sids.jsonl: {"sid", "item_id", "title"}."""
+    """Write the checkpoint as a Hugging Face folder, and sids.jsonl."""
     if folder.exists():
         stop(f"--export {folder}: exists already; name a new folder")
-    rows = [{**item, "sid": "".join(item["sid"])} for item in items]
-    write_jsonl(folder / "sids.jsonl", [{k: row[k] for k in ("sid", "item_id", "title")} for row in rows])
+    write_jsonl(folder / "sids.jsonl", [{"sid": "".join(item["sid"]), "item_id": item["item_id"],
+                                         "title": item["title"]} for item in items])
     levels = len(items[0]["sid"])
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=levels)
     model.save_pretrained(folder)
@@ -397,16 +397,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--metrics", help="instead of RUN/metrics.jsonl")
     flag("--predictions", help="instead of RUN/predictions.jsonl")
     flag("--num-beams", type=number(int, 1), help="W; default: 20, or 5 for tasks about single items")
-    flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA",
-         help="weight of the memory, counts of item pairs, beside the model; 0: the papers' system")
+    flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="0: the papers' system")
     flag("--memory-from", metavar="FILE", help="samples to count, instead of RUN/train.jsonl")
     flag("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
     flag("--exclude-history", action="store_true", help="never recommend an item of the history")
     flag("--batch-tokens", type=number(int, 1), default=16384, help="prompt tokens per batch")
-    flag("--limit", type=number(int, 0), default=0, help="only the first so many samples; 0: all")
+    flag("--limit", type=number(int, 0), default=0, help="the first samples only; 0: all")
     flag("--show", type=number(int, 0), default=0, help="print so many users' recommendations")
     flag("--history", help="comma-separated item_ids: print ten recommendations and stop")
-    flag("--export", metavar="DIR", help="write a Hugging Face folder that engines serve, and stop")
+    flag("--export", metavar="DIR", help="write a Hugging Face folder and stop")
     args = parser.parse_args(argv)
     if args.history and args.task and not TASKS[args.task].recommends:
         parser.error(f"--history needs a task with a history, --task {args.task} has none")

@@ -42,8 +42,8 @@ import requests
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
-from tokenize_items import (ID, make_parser, number, parse_sid_token, read_catalogue, read_jsonl, stop,
-                            write_jsonl)
+from tokenize_items import (
+    ID, make_parser, number, parse_sid_token, read_catalogue, read_jsonl, stop, write_jsonl)
 
 MIN_KEYWORDS, MAX_KEYWORDS, TFIDF_KEYWORDS = 10, 20, 15
 DESCRIPTION_WEIGHT = 0.3  # of a word that is in an item's description but not in its title
@@ -113,7 +113,7 @@ def find_brand_words(items: list[dict]) -> set[str]:
     return {word for word, count in as_brand.items() if count >= as_word[word]}
 
 def weigh_terms(item: dict, blocked: set[str]) -> dict[str, float]:
-    """The words and two-word phrases of an item that may be keywords, and what each counts."""
+    """The words and word pairs of an item that may be keywords, and what each counts."""
     weights = {}
     for field, weight in (("title", 1.0), ("categories", 1.0), ("description", DESCRIPTION_WEIGHT)):
         words = [word if len(word) > 2 and word.isalpha() and word not in blocked else ""
@@ -154,7 +154,7 @@ def plain_queries(item: dict, count: int, seed: int) -> list[str]:
     words = [word for word in words_of(text) if len(word) > 2 and word not in STOP_WORDS]
     words = list(dict.fromkeys(words))[:12] or [text.strip()]
     queries = {}
-    for _ in range(20 * count):  # short titles allow few different ones
+    for _ in range(20 * count):  # short titles allow few
         places = sorted(rng.sample(range(len(words)), min(rng.randint(2, 3), len(words))))
         brand = item["brand"].lower().split() if rng.random() < 0.2 else []
         query = dict.fromkeys(brand + [words[place] for place in places])  # no word twice
@@ -163,7 +163,7 @@ def plain_queries(item: dict, count: int, seed: int) -> list[str]:
 
 # ---- A language model as teacher (eq. 7): questions, rules for answers ----
 class Question(NamedTuple):
-    """What the teacher is asked. `read` returns its answer, or raises ValueError with what is wrong."""
+    """What the teacher is asked. `read` returns its answer, or raises ValueError: what is wrong."""
     prompt: str
     read: Callable
 
@@ -231,7 +231,7 @@ def parse_queries(text: str, count: int) -> list[str]:
 
 # ---- Asking an OpenAI-compatible server --------------------------
 def open_session(key: str, workers: int) -> requests.Session:
-    """A session that sends the key in the header, and tries again after transient failures."""
+    """A session that sends the key, and tries again after transient failures."""
     def add_key(request):  # passed as `auth`, because ~/.netrc would replace a header
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
@@ -245,7 +245,7 @@ def open_session(key: str, workers: int) -> requests.Session:
     return session
 
 def ask(session: requests.Session, url: str, model: str, question: Question) -> dict | list | None:
-    """Ask until the answer can be read, 1 + RETRIES times at most; None if it never can be."""
+    """Ask until the answer can be read, 1 + RETRIES times at most, or None."""
     chat = [{"role": "user", "content": question.prompt}]
     for _ in range(1 + RETRIES):
         body = {"model": model, "messages": chat}
@@ -274,7 +274,7 @@ def read_cache(path: Path) -> dict[str, dict | list]:
 
 def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, model: str, key: str,
             workers: int) -> dict[str, dict | list]:
-    """The teacher's answers by name; each is cached as it arrives. Questions it failed at are left out."""
+    """The teacher's answers by name, without those it failed at; each is cached as it arrives."""
     cached, keys = read_cache(cache_path), {}
     for name, question in questions.items():
         keys[name] = hashlib.sha256(json.dumps([model, question.prompt]).encode()).hexdigest()
@@ -372,7 +372,7 @@ def main() -> None:
         questions = make_questions(samples, items, args.queries)
         if args.dry_run:
             letters = sum(len(question.prompt) for question in questions.values())
-            print(f"{len(questions)} requests, less those already cached | about {letters // 4} tokens in")
+            print(f"{len(questions)} requests, less those cached | about {letters // 4} tokens in")
             print(f"the first prompt:\n{next(iter(questions.values())).prompt}")
             return
         answers = ask_all(questions, run / "teacher_cache.jsonl", args.base_url, args.teacher_model, key,

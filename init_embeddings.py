@@ -40,19 +40,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast,
-                          Qwen2Tokenizer)
+from transformers import (
+    AddedToken, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer)
 
 from extract_semantics import read_semantics
-from tokenize_items import (atomic_write, codes_of, item_text, load_pretrained, load_pt, make_parser,
-                            number, parse_sid_token, read_catalogue, set_up, sid_token, stop)
+from tokenize_items import (
+    atomic_write, codes_of, item_text, load_pretrained, load_pt, make_parser, number, parse_sid_token,
+    read_catalogue, set_up, sid_token, stop)
 
-# Letters used in shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
+# Shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 PRETRAIN_WINDOW, PRETRAIN_BATCH, PRETRAIN_LR = 128, 16, 2e-3
 NORMAL_STD = 0.02                    # of new rows in Hugging Face's models
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # STAR, A.4
 NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep")  # flags that --resume may change
-# The tiny BPE is trained on this text too, so that prompts are not spelled by letters.
+# The tiny BPE sees this text too, or prompts would be spelled by letters.
 PROMPT_ENGLISH = (
     "The user bought. Which item has the title? What is the title of item? Identify the specific SID token "
     "shared by items that exhibit the following scope and characteristics: Describe the typical scope and "
@@ -79,7 +80,7 @@ def check_tokens(tokenizer, sid_ids: Tensor) -> None:
 
 # ---- Initialisation of the SID rows (eqs. 8, 9; STAR eq. 1) ------
 def keyword_rows(text_rows: Tensor, keyword_ids: list[list[int]]) -> Tensor:
-    """SA-Init (eq. 9): the mean of the pretrained rows of each token's keywords; (V, D) -> (n, D)."""
+    """SA-Init (eq. 9): the mean of the rows of each token's keywords; (V, D) -> (n, D)."""
     return torch.stack([text_rows[ids].mean(0) for ids in keyword_ids])
 
 def rescale(rows: Tensor, text_rows: Tensor, sa_norm: str) -> Tensor:
@@ -123,7 +124,7 @@ def mean_cosine(rows: Tensor) -> float:
     return ((unit.sum(0).square().sum() - len(unit)) / max(1, len(unit) * (len(unit) - 1))).item()
 
 def show_neighbours(model, tokenizer, sid_ids: Tensor, used: list[str], count: int = 6) -> None:
-    """Print the five text tokens nearest to some SID tokens (cosine of rows less the mean)."""
+    """Print the five text tokens nearest to some SID tokens (cosine less the mean)."""
     weight = model.get_input_embeddings().weight.detach()
     mu = weight[:int(sid_ids.min())].mean(0)
     unit = F.normalize(weight - mu, dim=1)
@@ -135,7 +136,7 @@ def show_neighbours(model, tokenizer, sid_ids: Tensor, used: list[str], count: i
 
 # ---- Backbones ---------------------------------------------------
 def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
-    """Next-token prediction on windows of the item texts, tokens (n,); -> loss of the last steps."""
+    """Next-token prediction on windows of tokens (n,); -> loss of the last steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)
@@ -159,7 +160,7 @@ def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
 
 def build_tiny(texts: list[str], width: int, layers: int, vocab_size: int, steps: int, seed: int,
                device: torch.device):
-    """A small Qwen2-shaped LM with its own BPE, pretrained on the item texts; -> model, tokenizer."""
+    """A small Qwen2 with its own BPE, pretrained on the item texts; -> model, tokenizer."""
     corpus = texts + [PROMPT_ENGLISH] * max(1, len(texts) // 100)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size, show_progress=False)
     eos = tokenizer.eos_token_id
@@ -251,7 +252,7 @@ def sid_token_ids(tokenizer, num_levels: int, codebook_size: int) -> Tensor:
                           for code in range(codebook_size)] for level in range(num_levels)])
 
 def new_items(sid: dict, items: list[dict]) -> set:
-    """The item_ids that joined the catalogue after stage 3 and were never a target in training."""
+    """The item_ids that joined after stage 3 and were never a target in training."""
     return {*sid["new_items"], *(item["item_id"] for item in items[sid["num_items"]:])}
 
 def update_sid(sid: dict, items: list[dict], targets: set) -> dict:
@@ -275,7 +276,7 @@ def save_model(path: str | Path, model, tokenizer, sid: dict, **extra) -> None:
                     **extra}, temporary)
 
 def load_model(path: str | Path, device: torch.device, items: list[dict] | None = None):
-    """Read a checkpoint, which must be of these items; -> model in eval mode, tokenizer, other entries."""
+    """Read a checkpoint of these items; -> model in eval mode, tokenizer, other entries."""
     checkpoint = load_pt(path, ("config", "weights", "tokenizer", "special", "sid"))
     config, weights = json.loads(checkpoint.pop("config")), checkpoint.pop("weights")
     if items is not None:
@@ -283,7 +284,7 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
         if sid_digest(known) != sid["digest"] or codes_of(items).max() >= sid["codebook_size"]:
             stop(f"{path} was made for another catalogue, with other SIDs; run init_embeddings.py again, "
                  "or name the run it belongs to")
-    config["pad_token_id"] = None  # padding is on the right, no row of the embedding is special
+    config["pad_token_id"] = None  # no row of the embedding is special
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -305,13 +306,12 @@ def load_tokenizer(text: str, special: dict) -> PreTrainedTokenizerFast:
 def autocast(device: torch.device, precision: str):
     """bf16 arithmetic over float32 weights; "fast": where the hardware has it, "cuda": only there."""
     on_cuda = device.type == "cuda"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has no such function
-    on_cpu = capabilities.get("avx512_bf16", False)
+    on_cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # not in torch 2.11
     enabled = {"bfloat16": True, "fast": on_cuda or on_cpu, "cuda": on_cuda, "float32": False}[precision]
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 def read_in_bf16(model) -> None:
-    """Make the weights bf16, for a model that does not train. Buffers stay: rotary frequencies need them."""
+    """Make the weights bf16, where nothing trains. Buffers, like rotary frequencies, stay."""
     for p in model.parameters():
         p.data = p.data.to(torch.bfloat16)
 
@@ -341,7 +341,7 @@ class Trie(NamedTuple):
     leaf_items: np.ndarray     # (N,) rows of the catalogue, ascending within a leaf
 
 def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Tensor | None = None) -> Trie:
-    """Build the trie of codes (N, L) with one sort and O(N) memory; new (N,): which items are new."""
+    """The trie of codes (N, L), by one sort, in O(N) memory; new (N,): which items are new."""
     num_levels = codes.shape[1]
     if codebook_size ** num_levels > 2 ** 62:
         stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; use fewer")
@@ -378,7 +378,7 @@ def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
     return path
 
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
-    """Give new children the mean probability of their old siblings, if any; logits, new (B, W, M).
+    """Give new children the mean probability of their old siblings; logits, new (B, W, M).
 
     The model has learned that a code which no item had never follows its prefix, so by its own scores it
     never recommends an item that joined later.
@@ -413,9 +413,9 @@ def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -
 
 # ---- Several processes, interrupts, resuming: for train.py and rl.py ----
 def join_processes(device_name: str, seed: int) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes; under torchrun, joins the others. Only rank 0 prints."""
+    """Device, rank and number of processes, of torchrun if any. Only rank 0 prints."""
     device = set_up(device_name, seed)
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # its backward is slow for short texts
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # its backward is slow there
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
@@ -540,8 +540,7 @@ def main() -> None:
     keyword_ids = {parse_sid_token(token): tokenizer(" " + text, add_special_tokens=False).input_ids
                    for token, text in keywords.items()}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    tied = {"embedding and head (tied)": embedding}
-    matrices = tied if embedding is head else {"embedding": embedding, "head": head}
+    matrices = {"embedding, tied": embedding} if embedding is head else {"embedding": embedding, "head": head}
     for name, weight in matrices.items():
         text_rows = weight.detach()[:int(sid_ids.min())]  # before the first SID token
         rows = initial_rows(text_rows, keyword_ids, num_levels, codebook_size, args.init, args.sa_norm,

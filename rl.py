@@ -37,16 +37,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import SID_TASKS, beam_search, prefill, rank_metrics, rank_of, read_tokens, search_all
-from init_embeddings import (Trie, build_trie, catch_interrupts, check_lengths, count_parameters,
-                             join_processes, leaf_of_items, learning_rate, leave_processes, load_model,
-                             load_progress, new_items, path_log_probs, read_in_bf16, save_model,
-                             save_progress, sid_token_ids, sum_gradients, sum_over_processes, trie_paths,
-                             update_sid)
-from tokenize_items import (codes_of, length_batches, make_parser, number, read_catalogue, read_samples,
-                            stop, write_jsonl)
+from init_embeddings import (
+    Trie, build_trie, catch_interrupts, check_lengths, count_parameters, join_processes, leaf_of_items,
+    learning_rate, leave_processes, load_model, load_progress, new_items, path_log_probs, read_in_bf16,
+    save_model, save_progress, sid_token_ids, sum_gradients, sum_over_processes, trie_paths, update_sid)
+from tokenize_items import (
+    codes_of, length_batches, make_parser, number, read_catalogue, read_samples, stop, write_jsonl)
 from train import make_pairs, parse_weights, prompt_ids, read_data
 
-# Letters used in shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
+# Shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
 REWARDS = ("hit", "rank", "prefix")
 VALID_BEAMS, VALID_CUTOFFS = 50, (1, 5, 10, 50)
 SHOWN = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")
@@ -88,7 +87,7 @@ def group_rewards(mix: dict, codes: Tensor, leaves: Tensor, scores: Tensor, targ
 
 # ---- The objective -----------------------------------------------
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Rewards less the group's mean, over its deviation; (B, G) -> (B, G). Equal rewards give 0."""
+    """Rewards less the group's mean, over its deviation; (B, G). Equal rewards give 0."""
     away = rewards - rewards.mean(1, keepdim=True)
     return away / (rewards.std(1, keepdim=True, unbiased=False) + 1e-4)
 
@@ -143,7 +142,7 @@ class Group(NamedTuple):
 
 def roll_out(model, catalogue: Catalogue, batch: list[Prompt], group_size: int, mix: dict[str, float],
              sample: torch.Generator | None, micro_tokens: int) -> tuple[list[Group], Counter]:
-    """Propose and judge a group for each prompt; -> groups whose rewards differ, sums to log."""
+    """Propose and judge a group per prompt; -> groups whose rewards differ, sums to log."""
     groups, sums = [], Counter(groups=0, dropped=0, reward=0.0, hits=0, entropy=0.0)
     for rows in length_batches([len(prompt.ids) + group_size for prompt in batch], micro_tokens):
         prompts = [batch[row].ids for row in rows]
@@ -164,16 +163,13 @@ def roll_out(model, catalogue: Catalogue, batch: list[Prompt], group_size: int, 
 def update(model, reference, optimizer, catalogue: Catalogue, groups: list[Group], num_groups: int,
            updates: int, clip_eps: float, kl_coef: float, max_grad_norm: float, micro_tokens: int,
            precision: str) -> Counter:
-    """The optimizer steps on one batch, of `num_groups` over all processes; -> sums to log.
-
-    The log-probabilities before the first step are the old ones, so the ratios start at exactly 1.
-    """
+    """The optimizer steps on one batch, of `num_groups` over all processes; -> sums to log."""
     sums = Counter(kl=0.0, clipped=0.0, grad_norm=0.0)
     if sum_over_processes(torch.tensor(len(groups), device=model.device)) == 0:
         return sums
     lengths = [len(group.prompt) + (len(catalogue.sid_ids) - 1) * len(group.leaves) for group in groups]
     pieces = [[groups[row] for row in rows] for rows in length_batches(lengths, micro_tokens)]
-    before = []  # old and reference log-probabilities
+    before = []  # log-probabilities before the first step, and the reference's
     for step in range(updates):
         optimizer.zero_grad(set_to_none=True)
         for place, piece in enumerate(pieces):
@@ -196,7 +192,7 @@ def update(model, reference, optimizer, catalogue: Catalogue, groups: list[Group
     return sums
 
 def batch_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The prompts of an update. Each epoch has its own shuffle and leaves out what is left over."""
+    """The prompts of an update. Each epoch is shuffled, and drops what is left over."""
     per_epoch = max(1, count // batch_size)
     order = random.Random(f"{seed} {step // per_epoch}").sample(range(count), count)
     return order[step % per_epoch * batch_size:][:batch_size]
@@ -233,7 +229,7 @@ def show(row: dict, names) -> str:
 
 # ---- Data --------------------------------------------------------
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
-    """The trie of the items; those that were never a target are averaged over their siblings."""
+    """The trie of the items; those that were never a target are averaged."""
     unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
     new = torch.tensor([item["item_id"] in unseen for item in items])
     trie = build_trie(codes, sid["codebook_size"], device, new)
@@ -260,7 +256,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/sft.pt")
     flag("--out", help="checkpoint to write, instead of RUN/rl.pt")
-    flag("--resume", action="store_true", help="continue an interrupted run with the same flags")
+    flag("--resume", action="store_true", help="continue an interrupted run")
     flag("--tasks", type=lambda text: list(parse_weights(text, SID_TASKS, "task with an item's SID")),
          help="whose prompts; default: what the checkpoint recommends by")
     flag("--reward", type=lambda text: parse_weights(text, REWARDS, "reward"), default="hit:1",
@@ -270,10 +266,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL to the SFT model")
     flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="PPO clip range of the ratio")
     flag("--updates-per-rollout", type=number(int, 1), default=1, help="updates per batch of rollouts")
-    flag("--epochs", type=number(int, 1), help="passes over the prompts; default: see PRESETS")
-    flag("--lr", type=number(float, 0), help="peak learning rate; default: see PRESETS")
-    flag("--batch-size", type=number(int, 1), help="prompts per update; default: see PRESETS")
-    flag("--eval-every", type=number(int, 1), help="updates between validations; default: see PRESETS")
+    flag("--epochs", type=number(int, 1), help="passes over the prompts; see PRESETS")
+    flag("--lr", type=number(float, 0), help="peak learning rate; see PRESETS")
+    flag("--batch-size", type=number(int, 1), help="prompts per update; see PRESETS")
+    flag("--eval-every", type=number(int, 1), help="updates between validations; see PRESETS")
     flag("--micro-tokens", type=number(int, 1), default=4096, help="tokens per forward pass")
     flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="as in train.py")
     flag("--patience", type=number(int, 1), default=5, help="validations without gain before it stops")
@@ -292,7 +288,7 @@ def main() -> None:
     for key, value in PRESETS["tiny" if args.backbone == "tiny" else "hf"].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.recommends = checkpoint["args"].get("recommends", "next")  # by this task it validates
+    args.recommends = checkpoint["args"].get("recommends", "next")  # to validate by
     args.tasks = args.tasks or [args.recommends]
 
     # Data: each prompt has its own target; valid.jsonl is only read to validate
@@ -314,9 +310,8 @@ def main() -> None:
     if device.type == "cuda":
         read_in_bf16(reference)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
-    print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters, twice | {len(train)} "
-          f"prompts, {len(valid)} validation users | {steps} updates of {args.batch_size} x "
-          f"{args.group_size} rollouts")
+    print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {len(train)} prompts | "
+          f"{len(valid)} for validation | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
     log_path = out.with_name(f"{out.stem}_log.jsonl")
     resume_path = out.with_name(f"{out.stem}_resume.pt")
@@ -338,7 +333,7 @@ def main() -> None:
     bar = tqdm(total=steps, initial=step, desc="rl", unit="step", disable=rank > 0 or None)
 
     while step < steps and bad_evals < args.patience and not leave:
-        # Draws follow from seed and step, so that a resumed run repeats them
+        # Draws follow from seed and step: a resumed run repeats them
         noise.manual_seed(args.seed + 1_000_003 * (step * world + rank))
         lr = learning_rate(step, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:

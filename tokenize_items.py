@@ -13,7 +13,7 @@ Writes  RUN/items.jsonl (the input plus "sid": ["<a_12>", "<b_7>", "<c_3>"]), tr
 
 Differs from the papers
   1. `--encoder lsa` (default) needs no download. TS-Rec uses Qwen3-Embedding-4B.
-  2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any: `random`.
+  2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any (`random`).
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
   4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates than STAR.
   5. `--collision sinkhorn` spreads a prefix's colliding items together, LC-Rec those of one SID, also in
@@ -42,12 +42,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-# Letters used in shapes: N items, B a batch, D width of the vectors, L levels, K codes per level, V terms.
+# Shapes: N items, B a batch, D width of the vectors, L levels, K codes per level, V terms.
 LEVELS = "abcdefgh"  # level 0 is spelled <a_12>, level 1 <b_12>, ...
 ID = (int, str)      # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
-MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens that a Hugging Face encoder reads of an item, at a time
+MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens read of an item, at a time
 KMEANS_ITERATIONS = 100             # at most, per level
 DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
 RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # of its codes; weight of the commitment (TIGER)
@@ -61,12 +61,12 @@ def item_text(item: dict) -> str:
     return ". ".join(item[name].strip() for name in ("title", "description") if item[name].strip())
 
 def terms_of(text: str) -> list[str]:
-    """Words and pairs of neighbours, lower case: "Steel rod" -> ["steel", "rod", "steel rod"]."""
+    """Words and word pairs, lower case: "Steel rod" -> ["steel", "rod", "steel rod"]."""
     words = re.findall(r"[^\W_]+", text.lower())
     return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
 
 def tfidf_matrix(texts: list[str], terms: list[str], idf: Tensor) -> Tensor:
-    """Weigh terms by (1 + log tf) * idf and scale rows to length 1; idf (V,) -> sparse (N, V)."""
+    """Terms weighed by (1 + log tf) * idf, rows of length 1; idf (V,) -> sparse (N, V)."""
     column_of = {term: column for column, term in enumerate(terms)}
     entries = [(row, column_of[term], count) for row, text in enumerate(texts)
                for term, count in Counter(terms_of(text)).items() if term in column_of]
@@ -78,7 +78,7 @@ def tfidf_matrix(texts: list[str], terms: list[str], idf: Tensor) -> Tensor:
                                    check_invariants=False).coalesce()
 
 def fit_lsa(texts: list[str]) -> dict:
-    """Latent semantic analysis: the leading right singular vectors (V, D) of the TF-IDF matrix."""
+    """LSA: the leading right singular vectors (V, D) of the TF-IDF matrix."""
     frequency = Counter(term for text in texts for term in set(terms_of(text)))
     repeated = [term for term, count in frequency.items() if count > 1]
     terms = sorted(repeated, key=lambda term: (-frequency[term], term))[:LSA_TERMS]
@@ -139,7 +139,7 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     for _ in range(k - 1):
         last = chosen[-1]
         to_last = square - 2 * (x @ x[last]) + square[last]  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2
-        to_last[to_last <= 1e-6 * (square + square[last])] = 0  # the same point, up to rounding
+        to_last[to_last <= 1e-6 * (square + square[last])] = 0  # the same point
         distance = torch.minimum(distance, to_last)
         total = distance.double().cumsum(0)
         if total[-1] <= 0:
@@ -174,7 +174,7 @@ def kmeans(x: Tensor, k: int, iterations: int, generator: torch.Generator) -> Te
     return centroids
 
 def fit_codebooks(x: Tensor, num_levels: int, k: int, seed: int) -> Tensor:
-    """One codebook per level, on what the levels above leave over (eqs. 1-3); (N, D) -> (L, K, D)."""
+    """One codebook per level, on the residuals (eqs. 1-3); (N, D) -> (L, K, D)."""
     generator = torch.Generator().manual_seed(seed)
     codebooks = []
     for _ in range(num_levels):
@@ -192,7 +192,7 @@ def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(codes, 1), residual
 
 def print_levels(x: Tensor, z: Tensor, codebooks: Tensor, decode: Callable) -> None:
-    """Print the error of the decoded codes after each level, and how evenly it uses its codes."""
+    """Print the error after each level, decoded, and how evenly its codes are used."""
     print(f"level   - | mse {float((x * x).sum(1).mean()):.4f} (without codes)")
     residual = z
     for level, centroids in zip(LEVELS, codebooks):
@@ -331,7 +331,7 @@ def split_samples(users: list[dict], split: str) -> dict[str, list[dict]]:
     return {"train": ordered[:a], "valid": ordered[a:b], "test": ordered[b:]}
 
 def load_samples(folder: Path, split: str, known: set, max_history: int) -> dict[str, list[dict]]:
-    """Read or make the samples of train, valid and test, and keep the end of each history."""
+    """Read or make the samples of each split, and keep the end of each history."""
     if split == "official":
         parts = {name: read_samples(folder / f"{name}.jsonl", known) for name in ("train", "valid", "test")}
     else:
@@ -376,7 +376,7 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                 seen.add(row[unique] if unique else None)
                 rows.append(row)
     except OSError as error:
-        stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it, or check the name")
+        stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it")
     except (ValueError, RecursionError) as error:  # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows:
@@ -384,7 +384,7 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
     return rows
 
 def field_problem(row: object, fields: dict, known: set | None) -> str | None:
-    """Say which field is missing, has a value of the wrong type, or names an unknown item."""
+    """Say which field is missing, of the wrong type, or names an unknown item."""
     for name, types in fields.items():
         if not isinstance(row, dict) or not isinstance(row.get(name), types):
             return f"{name!r} is missing or of the wrong type; a line has {', '.join(fields)}"
@@ -425,7 +425,7 @@ def read_samples(path: str | Path, known: set) -> list[dict]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Give a temporary path and rename it to `path` at the end, so that nobody sees half a file."""
+    """Give a temporary path, and rename it to `path` at the end."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -444,7 +444,7 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 def load_pt(path: str | Path, keys: tuple[str, ...]) -> dict:
-    """Load one of the project's .pt files, a dict with at least `keys`; stops at anything else."""
+    """Load a .pt file of this project, a dict with at least `keys`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
@@ -493,7 +493,7 @@ def set_up(device_name: str, seed: int = 0) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         stop(f"--device {device_name}: not available here ({str(error).splitlines()[0]})")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # or it keeps gigabytes of kernels
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # or it takes gigabytes
     return device
 
 # ---- Command line ------------------------------------------------
@@ -508,8 +508,8 @@ def number(kind: type, low: float, below: float = math.inf) -> Callable[[str], f
     return read
 
 SHARED_FLAGS = {
-    "run": dict(default="runs/demo", help="folder of the run: inputs come from it, outputs go to it"),
-    "seed": dict(type=number(int, 0, 2 ** 31), default=42, help="seed of everything that is random"),
+    "run": dict(default="runs/demo", help="folder of the run, for inputs and outputs"),
+    "seed": dict(type=number(int, 0, 2 ** 31), default=42, help="random seed"),
     "device": dict(default="", help="cpu, cuda or cuda:1; empty: cuda if there is one"),
 }
 
@@ -525,7 +525,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
     flag("--data", default=str(DEMO), help="folder with items.jsonl and interactions.jsonl or a split")
-    flag("--sids", help="take the SIDs in this file ({item_id, sid} lines), collisions included")
+    flag("--sids", help="SIDs to take, {item_id, sid} lines")
     flag("--add", metavar="FILE", help="add these items to the run, with SIDs from RUN/codebook.pt")
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model by name or folder")
     flag("--pooling", choices=("mean", "last"), default="mean", help="Qwen3-Embedding needs last")
@@ -534,13 +534,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--codebook-size", type=number(int, 0), default=0, help="K, codes per level; 0: up to 256")
     flag("--quantizer", choices=("kmeans", "rqvae"), default="kmeans", help="STAR: rqvae")
     flag("--collision", choices=("nearest", "random", "sinkhorn"), default="nearest", help="other last codes")
-    flag("--split", choices=("official", "leave-one-out", "chronological"),
-         help="default: official if DATA/train.jsonl exists, else leave-one-out")
+    flag("--split", choices=("official", "leave-one-out", "chronological"), help="default: what DATA has")
     flag("--max-history", type=number(int, 1), default=10, help="most recent items of a history; STAR: 20")
     return parser.parse_args(argv)
 
 def add_items(run: Path, path: str, policy: str, seed: int, device: torch.device) -> None:
-    """Give SIDs to the items of a file by the run's codebook, and append them to its catalogue."""
+    """Append the items of a file to the run, with SIDs from its codebook."""
     old_items, new_items = read_catalogue(run / "items.jsonl"), read_items(path)
     twice = {item["item_id"] for item in old_items} & {item["item_id"] for item in new_items}
     if twice:
@@ -577,7 +576,7 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: 256, or a power of two that leaves small catalogues enough last codes per prefix
+        # Default: 256, or a power of two with enough last codes per prefix
         k = args.codebook_size or 1 << max(8, min(32, n // 4), min(256, n // 12)).bit_length() - 1
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":

@@ -24,7 +24,6 @@ import argparse
 import math
 import random
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,23 +33,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extract_semantics import read_queries, read_semantics
-from init_embeddings import (Trie, add_dropout, add_lora, autocast, build_trie, catch_interrupts,
-                             check_lengths, count_parameters, join_processes, leaf_of_items, learning_rate,
-                             leave_processes, load_model, load_progress, make_optimizer, path_log_probs,
-                             save_model, save_progress, sid_token_ids, sum_gradients,
-                             sum_over_processes, trie_paths, update_sid)
-from tokenize_items import (codes_of, length_batches, make_parser, number, read_catalogue, read_samples,
-                            stop, write_jsonl)
+from init_embeddings import (
+    Trie, add_dropout, add_lora, autocast, build_trie, catch_interrupts, check_lengths, count_parameters,
+    join_processes, leaf_of_items, learning_rate, leave_processes, load_model, load_progress, make_optimizer,
+    path_log_probs, save_model, save_progress, sid_token_ids, sum_gradients, sum_over_processes, trie_paths,
+    update_sid)
+from tokenize_items import (
+    codes_of, length_batches, make_parser, number, read_catalogue, read_samples, stop, write_jsonl)
 
-# Letters used in shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width.
-DESCRIPTION_WORDS = 100                 # of a description in a prompt
-MAX_SEQUENCE = 50                       # items in one example of `sequence`
-NEIGHBOURS = 5                          # examples of `similar` for each item
-HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0 # --stage align validates on every 20th example of a task
+# Shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width.
+DESCRIPTION_WORDS = 100  # of a description in a prompt
+MAX_SEQUENCE = 50        # items in one example of `sequence`
+HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0  # of --stage align's examples; of the gradient
 
 class Task(NamedTuple):
     """One task: its data, its templates (one is drawn for each example), its response."""
-    source: str  # "samples", "users", "items", "neighbours", "tokens", "queries"
+    source: str  # "samples", "users", "items", "tokens", "queries"
     instructions: tuple[str, ...]
     response: str
     end: str = "\n"  # of the instruction
@@ -103,10 +101,9 @@ TASKS = {  # TS-Rec, A.2.1 - A.2.4
         "search intent.",
         "Based on the user's current query {query}, please generate an item that matches the user's "
         "intent."), "{sid}"),
-    # Ours: short prompts; sequence supervises each item of a user once, in the token ids of next_brief
+    # Ours: `sequence` supervises each item of a user once, in the token ids of next_brief
     "next_brief": Task("samples", ("The user bought {items}",), "{sid}", end=""),
     "sequence": Task("users", ("The user bought {first}",), "{rest}", end=""),
-    "similar": Task("neighbours", ("The user bought {sid}",), "{similar}", end=""),
 }
 TS_REC = "next,title2sid:0.1,sid2title:0.1,next_title:0.1,next_description:0.1,text2token:0.1,token2text:0.1"
 STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
@@ -116,7 +113,7 @@ PRESETS = {
     "hf": dict(tasks=TS_REC, loss="vocab", epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20,
                dropout=0.0, weight_decay=0.0, evals_per_epoch=4, patience=3, max_response=256,
                micro_tokens=4096),
-    "tiny": dict(tasks="sequence,similar:0.05,title2sid:0.05,text2token:0.02,token2text:0.02", loss="trie",
+    "tiny": dict(tasks="sequence,title2sid:0.05,text2token:0.02,token2text:0.02", loss="trie",
                  epochs=16, lr=1.5e-3, beta2=0.95, batch_size=64, warmup=100, dropout=0.2,
                  weight_decay=0.01, evals_per_epoch=1, patience=0, max_response=128, micro_tokens=3072),
     "align": dict(tasks=STAR_ALIGN, loss="vocab", epochs=10, lr=1e-3, beta2=0.999, batch_size=16,
@@ -136,7 +133,7 @@ def history_fields(history: list, item_of: dict) -> dict[str, str]:
     sids = ["".join(item["sid"]) for item in items]
     return {"history": ", ".join(sids), "items": "".join(sids), "first": sids[0], "rest": "".join(sids[1:])}
 
-def row_fields(source: str, row: dict, item_of: dict, rng: random.Random) -> dict[str, str]:
+def row_fields(source: str, row: dict, item_of: dict) -> dict[str, str]:
     """What a template can say about a row of its task's data."""
     if source == "samples":
         return history_fields(row["history"], item_of) | item_fields(item_of[row["target"]])
@@ -144,9 +141,6 @@ def row_fields(source: str, row: dict, item_of: dict, rng: random.Random) -> dic
         return history_fields(row["items"], item_of)
     if source == "items":
         return item_fields(row)
-    if source == "neighbours":
-        others = [item for item in row["neighbours"] if item is not row["item"]]
-        return {"sid": "".join(row["item"]["sid"]), "similar": "".join(rng.choice(others)["sid"])}
     if source == "queries":
         return {"query": row["query"], **item_fields(item_of[row["item_id"]])}
     return {"token": row["token"], "description": row["description"]}
@@ -158,11 +152,11 @@ class Pair(NamedTuple):
     response: str
 
 def make_pairs(name: str, data: dict[str, list[dict]], seed: str = "") -> list[Pair]:
-    """Fill a task's templates for every row that has the texts; `seed` draws templates and items."""
+    """Fill a task's templates for every row that has the texts; `seed` draws the templates."""
     task, rng, pairs = TASKS[name], random.Random(f"{seed} {name}"), []
     item_of = {item["item_id"]: item for item in data["items"]}
     for row in data[task.source]:
-        fields = row_fields(task.source, row, item_of, rng)
+        fields = row_fields(task.source, row, item_of)
         instruction = rng.choice(task.instructions)
         used = [text for key, text in fields.items() if "{" + key + "}" in instruction + task.response]
         if all(text.strip() for text in used):
@@ -199,7 +193,7 @@ def make_examples(tokenizer, name: str, data: dict, max_response: int, seed: str
     responses = tokenizer([pair.response for pair in pairs], add_special_tokens=False).input_ids
     if TASKS[name].is_text:
         responses = [(ids + [tokenizer.eos_token_id])[:max_response] for ids in responses]
-    examples, on_trie = [], TASKS[name].response in ("{sid}", "{rest}", "{similar}")
+    examples, on_trie = [], TASKS[name].response in ("{sid}", "{rest}")
     for pair, prompt, response in zip(pairs, prompts, responses):
         sids = pair.response.replace("<a_", " <a_").split() if leaf_of and on_trie else []
         examples.append(Example(name, prompt + response, len(prompt), leaves=[leaf_of[sid] for sid in sids]))
@@ -239,7 +233,7 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
 
 # ---- Batches -----------------------------------------------------
 def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[str, int]]:
-    """Give each task its share of the loss; -> examples with their weights, and how many an epoch takes.
+    """Give each task its share of the loss; -> weighed examples, and how many an epoch takes.
 
     An epoch takes all examples of the tasks with the largest share, of others in proportion: their cost
     is their share. Weights make up for long and short responses.
@@ -276,9 +270,9 @@ def micro_batches(batch: list[Example], micro_tokens: int, rank: int, world: int
         pieces.append([pieces[0][0]._replace(weight=0.0)])
     return pieces[rank::world]
 
-# ---- What trains: everything, the SID rows alone (STAR), or adapters and SID rows (LoRA) ----
+# ---- What trains: everything, or the SID rows alone (STAR) -------
 def train_sid_rows_only(model, sid_ids: Tensor) -> None:
-    """Freeze all but the SID rows of the embedding and, if untied, of the LM head (algorithm 1).
+    """Freeze all but the SID rows of embedding and untied LM head (algorithm 1).
 
     A hook multiplies the gradient by a mask (V, 1) that is 1 on SID rows. Without weight decay, and with a
     fresh optimizer, the other rows stay the same, bit by bit.
@@ -322,15 +316,14 @@ def validation_loss(model, trie: Trie, sid_ids: Tensor, examples: list[Example],
     return (sum_over_processes(total) / sum_over_processes(count)).item()
 
 def task_losses(nll: Tensor, counts: Tensor) -> dict[str, float]:
-    """Mean loss per supervised token, weighted as in training, and by task; nll, counts (tasks,)."""
-    nll = sum_over_processes(nll.clone()).tolist()
-    counts = sum_over_processes(counts.clone()).tolist()
+    """Mean loss per supervised token, weighted, and by task; nll, counts (tasks,)."""
+    nll, counts = (sum_over_processes(sums.clone()).tolist() for sums in (nll, counts))
     of_task = {f"loss/{name}": n / count for name, n, count in zip(TASKS, nll, counts) if count}
     return {"loss": sum(nll) / sum(counts), **of_task}
 
 # ---- Data --------------------------------------------------------
 def user_sequences(samples: list[dict]) -> list[dict]:
-    """Each user's items in order, from the samples; in pieces of at most MAX_SEQUENCE items."""
+    """Each user's items in order, in pieces of at most MAX_SEQUENCE."""
     sequences, last_of = [], {}
     for sample in samples:
         history, items = sample["history"], last_of.get(sample["user_id"], [])
@@ -341,27 +334,10 @@ def user_sequences(samples: list[dict]) -> list[dict]:
     return [{**row, "items": row["items"][start:start + MAX_SEQUENCE]} for row in sequences
             for start in range(0, len(row["items"]) - 1, MAX_SEQUENCE - 1)]  # pieces share one item
 
-def neighbours(items: list[dict]) -> list[dict]:
-    """Each item with those that share all its codes but the last, or at least the first ones."""
-    groups, rows = defaultdict(list), []
-    for item in items:
-        for depth in range(1, len(item["sid"])):
-            groups[tuple(item["sid"][:depth])].append(item)
-    for item in items:
-        depth = len(item["sid"]) - 1
-        while depth > 1 and len(groups[tuple(item["sid"][:depth])]) == 1:
-            depth -= 1
-        group = groups[tuple(item["sid"][:depth])]
-        if len(group) > 1:
-            rows.append({"item": item, "neighbours": group})
-    return rows
-
 def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
     """What the tasks need of the run's files; test.jsonl is never read."""
     known, sources = {item["item_id"] for item in items}, {TASKS[name].source for name in tasks}
     data = {"items": items}
-    if "neighbours" in sources:
-        data["neighbours"] = neighbours(items) * NEIGHBOURS
     if sources & {"samples", "users"}:
         data["samples"] = read_samples(run / "train.jsonl", known)
         data["users"] = user_sequences(data["samples"])
@@ -372,7 +348,7 @@ def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
     return data
 
 def show_task(tokenizer, name: str, examples: list[Example], size: int) -> None:
-    """Print a task's size and its first example, with the supervised tokens between >> and <<."""
+    """Print a task's size and its first example, its supervised tokens in >> and <<."""
     tokens = sum(len(e.ids) for e in examples)
     supervised = sum(len(e.ids) - e.start for e in examples)
     first = examples[0]
@@ -398,22 +374,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--stage", choices=("align", "sft"), default="sft", help="align: only the SID rows train (STAR)")
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
     flag("--out", help="checkpoint to write, instead of RUN/align.pt or RUN/sft.pt")
-    flag("--resume", action="store_true", help="continue an interrupted run with the same flags")
+    flag("--resume", action="store_true", help="continue an interrupted run")
     # The defaults of the next ten depend on backbone and stage, see PRESETS
     flag("--tasks", type=lambda text: parse_weights(text, TASKS, "task"), metavar="NAME,NAME:SHARE",
          help=f"tasks and their shares of the loss; of {', '.join(TASKS)}")
     flag("--loss", choices=("vocab", "trie"), help="of SIDs: over the vocabulary, or the trie's children")
     flag("--epochs", type=number(int, 1), help="passes over the examples of the main task")
     flag("--lr", type=number(float, 0), help="peak learning rate")
-    flag("--batch-size", type=number(int, 1), help="examples per update, of all processes together")
-    flag("--warmup", type=number(int, 0), help="updates of warm-up, at most a tenth of the run")
+    flag("--batch-size", type=number(int, 1), help="examples per update, over all processes")
+    flag("--warmup", type=number(int, 0), help="updates of warm-up")
     flag("--dropout", type=number(float, 0, 1), help="of embeddings and residual branches")
     flag("--evals-per-epoch", type=number(int, 1), help="validations per epoch")
-    flag("--patience", type=number(int, 0), help="validations without gain; 0: keeps the last weights")
+    flag("--patience", type=number(int, 0), help="validations without gain; 0: keep the last")
     flag("--micro-tokens", type=number(int, 1), help="tokens per forward pass: memory, not method")
     flag("--lora", type=number(int, 0), default=0, help="rank of adapters; 0: train all weights; STAR: 8")
-    flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast",
-         help="arithmetic over float32 weights; fast: bf16 where the hardware has it")
+    flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="fast: bf16 if native")
     flag("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
     flag("--log-every", type=number(int, 1), default=100, help="updates per log line")
     flag("--save-every", type=number(int, 1), default=500, help="updates between saves for --resume")
@@ -424,7 +399,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
-    """Set what the flags leave open from PRESETS. With queries the task `search` is trained too."""
+    """Set what the flags leave open from PRESETS. With queries, `search` is trained too."""
     preset = dict(PRESETS["tiny" if backbone == "tiny" else "hf"])
     if args.stage == "align":
         preset |= PRESETS["align"]
@@ -442,7 +417,7 @@ def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
 
 def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
                   leaf_of: dict) -> tuple[Examples, dict[str, int], list[Example]]:
-    """Each task's examples and how many an epoch takes; for validation next items, 5 % with align."""
+    """Each task's examples, how many an epoch takes, and validation's: next items, or 5 % with align."""
     examples, valid = {}, []
     for name in args.tasks:
         rows = make_examples(tokenizer, name, data, args.max_response, f"{args.seed} 0", leaf_of)
@@ -513,7 +488,7 @@ def main() -> None:
     bar = tqdm(total=steps, initial=step, desc=args.stage, unit="step", disable=rank > 0 or None)
 
     while step < steps and (not args.patience or bad_evals < args.patience) and not leave:
-        # Data order and dropout follow from seed and step, so that a resumed run repeats them
+        # Data order and dropout follow from seed and step: a resumed run repeats them
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 or not batches:
             batches = epoch_batches(examples, sizes, args.batch_size, f"{args.seed} {epoch}")
@@ -523,7 +498,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward in pieces; the gradient is that of the mean over the whole batch
+        # In pieces; the gradient is that of the mean over the whole batch
         optimizer.zero_grad(set_to_none=True)
         supervised = sum(e.weight * (len(e.ids) - e.start) for e in batch)
         for piece in micro_batches(batch, args.micro_tokens, rank, world):

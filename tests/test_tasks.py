@@ -38,7 +38,7 @@ def test_search_reads_the_test_queries_only(run, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--task sid2title", "sid2title"), ("--task text2token", "text2token"), ("--task similar", "similar"),
+    ("--task sid2title", "sid2title"), ("--task text2token", "text2token"),
     ("--history 1 --task title2sid", "--history")])
 def test_what_cannot_be_asked(flags, word, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -31,7 +31,6 @@ DATA = {
     "items": ITEMS,
     "samples": [{"user_id": "u", "history": ["x", 1], "target": 1}],
     "users": [{"user_id": "u", "items": [1, "x", 1]}],
-    "neighbours": [{"item": ITEMS[1], "neighbours": ITEMS}],
     "tokens": [{"token": "<a_1>", "description": "Wires of copper"}],
     "queries": [{"item_id": 1, "query": "a rod of steel", "split": "train"}]}
 SID, TITLE, TEXT = "<a_0> <b_1> <c_0>", "Steel rod <eos>", "A long rod <eos>"
@@ -42,7 +41,6 @@ TABLE = {
              "possible item that the user may expect?": SID},
     "next_brief": {"The user bought <a_1><b_0><c_1><a_0><b_1><c_0>": SID},
     "sequence": {"The user bought <a_0><b_1><c_0>": f"<a_1> <b_0> <c_1> {SID}"},
-    "similar": {"The user bought <a_1><b_0><c_1>": SID},
     "title2sid": {"Which item has the title: Steel rod?": SID},
     "sid2title": {'What is the title of item "<a_0><b_1><c_0>"?': TITLE},
     "next_title": {f"The user has sequentially interacted with items {TWO}. Can you recommend the next item "
@@ -243,27 +241,13 @@ def test_collate_equals_a_naive_loop():
     assert batch.leaves.tolist() == [leaf for example in examples for leaf in example.leaves]
 
 
-def test_similar_items_share_their_first_codes():
-    codes = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
-    items = [{"item_id": n, "sid": [f"<{level}_{code}>" for level, code in zip("abc", row)]}
-             for n, row in enumerate(codes)]
-    data, sids = {"items": items, "neighbours": stage.neighbours(items)}, ["".join(i["sid"]) for i in items]
-    draws = [texts_of("similar", data, str(seed)) for seed in range(20)]
-    assert draws[0] == texts_of("similar", data, "0")
-    found = collections.Counter(pair for draw in draws for pair in draw)
-    # two of them share two codes, the third one only the first code; the last one is left out
-    pairs = [(0, 1), (1, 0), (2, 0), (2, 1)]
-    assert set(found) == {(f"The user bought {sids[one]}", sids[other]) for one, other in pairs}
-    assert all(len(draw) == 3 for draw in draws) and min(found.values()) > 3
-
-
 def test_a_model_recommends_by_the_first_task_it_was_trained_on_that_does():
     alone = {name for name in stage.TASKS if filled_in("tiny", "--tasks", name).recommends == name}
     assert alone == {"next", "next_brief", "retrieve"}
     assert filled_in("tiny").recommends == "next_brief"
     assert filled_in("Qwen/Qwen2.5-1.5B").recommends == "next"
     for tasks, expected in (("title2sid,retrieve,next", "retrieve"), ("next_title,search", "next"),
-                            ("similar,sequence", "next_brief"), ("sequence,next", "next")):
+                            ("text2token,sequence", "next_brief"), ("sequence,next", "next")):
         assert filled_in("tiny", "--tasks", tasks).recommends == expected
     text = {name for name, task in stage.TASKS.items() if task.is_text}
     assert text == {"sid2title", "next_title", "next_description", "token2text", "name_item", "describe_item",

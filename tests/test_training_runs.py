@@ -223,8 +223,8 @@ def test_a_backbone_without_linear_layers_gets_no_adapters(run, capsys):
 
 SHORT = ("--batch-size", 16, "--epochs", 2, "--log-every", 1, "--save-every", 2, "--dropout", 0.1,
          "--micro-tokens", 600)
-SETUPS = {          # 12, 8 and 8 updates an epoch; each draws other similar items
-    "sft": ("--tasks", "next,similar:0.5", "--evals-per-epoch", 2, "--patience", 9, *SHORT),
+SETUPS = {          # 12, 8 and 8 updates an epoch
+    "sft": ("--tasks", "next,title2sid:0.5", "--evals-per-epoch", 2, "--patience", 9, *SHORT),
     "lora": ("--tasks", "next", "--lora", 2, *SHORT),
     "align": ("--stage", "align", "--tasks", "title2sid,name_item", *SHORT),
 }

@@ -1,0 +1,232 @@
+"""Measure what RESULTS.md compares, on one commit, and print its tables.
+
+  ours      SFT without and with the memory, beside the counts; five seeds on the demo and on Industrial,
+            three on scientific, there also with --exclude-history
+  rl        RL from these models, three seeds, with MiniOneRec's reward
+  trained   SASRec and the TIGER-style decoder of baselines.py, three seeds
+  half      Industrial, seed 42: a model of the first half of train.jsonl, with the memory of that half and
+            with the memory of all
+
+Writes  OUT/CATALOGUE-SEED, a run with every command and its output in log/; OUT/results.md
+The script can be stopped and run again: what is done is skipped, and interrupted training continues. It stops
+if OUT was begun on another commit.
+
+Examples, from the project's root
+  python tests/studies/reproduce.py --jobs 2 --industrial DIR --scientific DIR
+  python tests/studies/reproduce.py --groups ours,trained                # the demo alone
+  python tests/studies/reproduce.py --print                              # the tables so far; runs nothing
+"""
+import argparse
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "studies")]
+from ablation import Runner, Step, copy_run, make_all, markdown  # noqa: E402
+from tokenize_items import atomic_write, make_parser, number, read_jsonl, stop, write_jsonl  # noqa: E402
+
+GROUPS = ("ours", "rl", "trained", "half")
+SEEDS = {"demo": range(42, 47), "industrial": range(42, 47), "scientific": range(42, 45)}
+FEW = range(42, 45)                     # the seeds of rl and trained
+HEADS = ("HR@1", "HR@3", "HR@5", "HR@10", "NDCG@3", "NDCG@5", "NDCG@10")
+METHODS = ("popularity", "bigram", "skip-gram", "sasrec", "sasrec + memory 0.6", "tiger.pt",
+           "tiger.pt + memory 0.6", "sft.pt", "sft.pt + memory 0.6", "rl.pt", "rl.pt + memory 0.6")
+
+
+# ---- The steps of a run --------------------------------------------------------------------------
+
+def run_steps(run: Path, seed: int, data: str, groups: list[str], filtered: bool) -> dict[str, Step]:
+    """The README's commands in one run; evaluate.py appends all figures to RUN/metrics.jsonl."""
+    common = f"--run {run} --seed {seed}"
+    steps = {
+        "items": Step(f"tokenize_items.py {common}" + (f" --data {data}" if data else "")),
+        "semantics": Step(f"extract_semantics.py {common}", ("items",)),
+        "init": Step(f"init_embeddings.py {common}", ("semantics",)),
+        "sft": Step(f"train.py {common} --resume", ("init",)),
+        "sft_valid": Step(f"evaluate.py --run {run} --split valid", ("sft",)),
+        "sft_test": Step(f"evaluate.py --run {run}", ("sft_valid",)),
+    }
+    if filtered:
+        steps["sft_filtered"] = Step(f"evaluate.py --run {run} --exclude-history", ("sft_test",))
+    if "rl" in groups and seed in FEW:
+        rl = f"evaluate.py --run {run} --checkpoint {run}/rl.pt"
+        steps["rl"] = Step(f"rl.py {common} --reward hit:1,rank:1 --resume", ("sft_test",))
+        steps["rl_valid"] = Step(f"{rl} --split valid", ("rl",))
+        steps["rl_test"] = Step(rl, ("rl_valid",))
+    if "trained" in groups and seed in FEW:
+        for method in ("sasrec", "tiger"):
+            steps[method] = Step(f"tests/studies/baselines.py {method} {common}", ("sft_test",))
+    return steps
+
+
+def half_steps(run: Path) -> dict[str, Step]:
+    """Train on the first half of train.jsonl; then count the first half, and all of it."""
+    half, common = run.with_name(f"{run.name}-half"), f"--seed 42 --from {run}/init.pt"
+    whole = f"evaluate.py --run {half} --memory-from {run}/train.jsonl --metrics {half}/whole.jsonl"
+    return {
+        "half_data": Step(partial(cut_train, run, half), ("init",)),
+        "half_sft": Step(f"train.py --run {half} {common} --resume", ("half_data",)),
+        "half_test": Step(f"evaluate.py --run {half}", ("half_sft",)),
+        "half_whole": Step(whole, ("half_test",)),
+    }
+
+
+def cut_train(run: Path, half: Path) -> None:
+    """Copy a run, but keep only the first half of its training samples, which are ordered by time."""
+    copy_run(run, half, run / "test.jsonl")
+    samples = read_jsonl(run / "train.jsonl", {})
+    write_jsonl(half / "train.jsonl", samples[:len(samples) // 2])
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def figures(run: Path, method: str, split: str, filtered: bool = False, name: str = "metrics.jsonl") -> dict:
+    """The latest line of a method in a run's metrics, {} if there is none."""
+    rows = read_jsonl(run / name, {}) if (run / name).exists() else []
+    rows = [row for row in rows if (row["method"], row["split"], row["level"]) == (method, split, "item")
+            and bool(row.get("exclude_history")) == filtered and row["task"] == "next_brief"]
+    return rows[-1] if rows else {}
+
+
+def spread(values: list[float]) -> str:
+    """The mean, with the smallest and the largest value if they differ."""
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.4f}"
+    return mean if min(values) == max(values) else f"{mean} ({min(values):.4f} to {max(values):.4f})"
+
+
+def table(title: str, runs: list[Path], split: str, filtered: bool = False) -> str:
+    """A row for each method, over the seeds."""
+    rows = []
+    for method in METHODS:
+        found = [row for run in runs if (row := figures(run, method, split, filtered))]
+        rows.append([method, str(len(found)) if found else "",
+                     *(spread([row[head] for row in found]) for head in HEADS)])
+    return markdown(title, ["method", "seeds", *HEADS], rows)
+
+
+def kinds_table(title: str, run: Path) -> str:
+    """HR@1 / HR@10 by what training has shown of the target, one run, test."""
+    found = {method: figures(run, method, "test") for method in METHODS}
+    found = {method: row["kinds"] for method, row in found.items() if row.get("kinds")}
+    kinds = next(iter(found.values()), {})
+    rows = [[kind, str(kinds[kind]["n"]), *(f"{row[kind]['HR@1']:.3f} / {row[kind]['HR@10']:.3f}"
+                                            for row in found.values())] for kind in kinds]
+    return markdown(title, ["targets", "n", *found], rows)
+
+
+def codes_table(title: str, run: Path) -> str:
+    """How often the best item has the target's first code, the second given the first, and so on."""
+    rows = []
+    for method in METHODS:
+        codes = figures(run, method, "test").get("codes", [])
+        shares = [b / a if a else 0.0 for a, b in zip([1.0, *codes], codes)]
+        rows.append([method, *(f"{share:.3f}" for share in shares)])
+    width = max(len(row) for row in rows)
+    heads = ["method", "code 1", *(f"code {level}, if all before" for level in range(2, width))]
+    return markdown(title, heads, rows)
+
+
+def half_table(run: Path) -> str:
+    """What the memory of yesterday's purchases gives a model of the day before."""
+    half, rows = run.with_name(f"{run.name}-half"), []
+    for label, folder, method, name in (
+            ("model and memory of the first half", half, "sft.pt + memory 0.6", "metrics.jsonl"),
+            ("model of the first half, memory of all", half, "sft.pt + memory 0.6", "whole.jsonl"),
+            ("model and memory of all", run, "sft.pt + memory 0.6", "metrics.jsonl"),
+            ("model of the first half, no memory", half, "sft.pt", "metrics.jsonl"),
+            ("model of all, no memory", run, "sft.pt", "metrics.jsonl")):
+        row = figures(folder, method, "test", name=name)
+        rows.append([label, *(f"{row[head]:.4f}" for head in HEADS if row)])
+    return markdown("Industrial, seed 42, test: purchases that the model has not seen", ["", *HEADS], rows)
+
+
+def times_table(runners: list[Runner]) -> str:
+    """Minutes of each step, mean over the runs of a catalogue."""
+    minutes: dict = {}
+    for runner in runners:
+        for path in (runner.run / "log").glob("*.done"):
+            seconds = float(path.read_text().split()[1]) / 60
+            minutes.setdefault(path.stem, {}).setdefault(runner.run.name.split("-")[0], []).append(seconds)
+    names = sorted({name for row in minutes.values() for name in row})
+    rows = [[step, *(f"{sum(row[name]) / len(row[name]):.1f}" if name in row else "" for name in names)]
+            for step, row in sorted(minutes.items())]
+    return markdown("Minutes", ["step", *names], rows)
+
+
+def all_tables(out: Path, catalogues: dict[str, str], runners: list[Runner]) -> str:
+    text = ""
+    for name in catalogues:
+        runs = [out / f"{name}-{seed}" for seed in SEEDS[name]]
+        text += table(f"{name}, test", runs, "test") + table(f"{name}, validation", runs, "valid")
+        if name == "scientific":
+            text += table(f"{name}, test, --exclude-history", runs, "test", filtered=True)
+        text += kinds_table(f"{name}, seed 42, test: HR@1 / HR@10 by what training has shown", runs[0])
+        text += codes_table(f"{name}, seed 42, test: the best item's codes", runs[0])
+    if "industrial" in catalogues:
+        text += half_table(out / "industrial-42")
+    return text + times_table(runners)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, "device")
+    flag = parser.add_argument
+    flag("--out", default="runs/reproduce", help="folder of all runs")
+    flag("--industrial", default="", help="folder of Amazon's Industrial, official split; empty: left out")
+    flag("--scientific", default="", help="folder of the second catalogue; empty: left out")
+    flag("--groups", default=",".join(GROUPS), help="comma-separated")
+    flag("--jobs", type=number(int, 1), default=1, help="steps at a time; they share the cores")
+    flag("--print", action="store_true", help="print the tables so far and run nothing")
+    args = parser.parse_args(argv)
+    if not set(args.groups.split(",")) <= set(GROUPS):
+        parser.error(f"--groups: choose from {', '.join(GROUPS)}")
+    return args
+
+
+def check_commit(out: Path) -> None:
+    """Stop if OUT was begun on another commit."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit, path = done.stdout.strip() or "unknown", out / "commit"
+    if path.exists() and path.read_text() != commit:
+        stop(f"{path}: begun on {path.read_text()[:10]}, this is {commit[:10]}; name another --out")
+    with atomic_write(path) as temporary:
+        temporary.write_text(commit)
+
+
+def main() -> int:
+    args = parse_args()
+    out, groups = Path(args.out), args.groups.split(",")
+    catalogues = {"demo": "", "industrial": args.industrial, "scientific": args.scientific}
+    catalogues = {name: data for name, data in catalogues.items() if data or name == "demo"}
+    if args.print:
+        catalogues = dict.fromkeys(SEEDS, "")
+    threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else 0
+    runners = []
+    for seed in SEEDS["demo"]:                                  # all catalogues' first seeds first
+        for name, data in catalogues.items():
+            if seed in SEEDS[name]:
+                run = out / f"{name}-{seed}"
+                steps = run_steps(run, seed, data, groups, name == "scientific")
+                if "half" in groups and (name, seed) == ("industrial", 42):
+                    steps |= half_steps(run)
+                runners.append(Runner(run, steps, args.device, threads))
+    failed = []
+    if not args.print:
+        check_commit(out)
+        jobs = [(runner, name) for runner in runners for step in runner.steps for name in runner.plan(step)]
+        failed = make_all(jobs, args.jobs)
+    text = all_tables(out, catalogues, runners)
+    print(text)
+    with atomic_write(out / "results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
