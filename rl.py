@@ -47,7 +47,7 @@ from train import make_pairs, parse_weights, prompt_ids, read_data
 
 # Shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
 REWARDS = ("hit", "rank", "prefix")
-VALID_BEAMS, VALID_CUTOFFS = 50, (1, 5, 10, 50)
+VALID_BEAMS, VALID_TOKENS, VALID_CUTOFFS = 50, 16384, (1, 5, 10, 50)
 SHOWN = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")
 
 # Settings by backbone. "hf" is MiniOneRec's script.
@@ -203,11 +203,10 @@ def sum_dict(sums: dict[str, float], device: torch.device) -> dict[str, float]:
     values = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
     return dict(zip(sums, sum_over_processes(values).tolist()))
 
-def validate(model, catalogue: Catalogue, prompts: list[list[int]], targets: list,
-             batch_tokens: int) -> dict[str, float]:
+def validate(model, catalogue: Catalogue, prompts: list[list[int]], targets: list) -> dict[str, float]:
     """HR@K and NDCG@K of the next item, over the users of all processes."""
     rankings = search_all(model, catalogue.trie, catalogue.sid_ids, catalogue.item_ids, prompts,
-                          VALID_BEAMS, batch_tokens)
+                          VALID_BEAMS, VALID_TOKENS)
     ranks = [rank_of(target, ranking.items) for target, ranking in zip(targets, rankings)]
     metrics = rank_metrics(ranks or [None], VALID_CUTOFFS)  # a process may have no users
     sums = {name: value * len(ranks) for name, value in metrics.items()}
@@ -258,7 +257,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--out", help="checkpoint to write, instead of RUN/rl.pt")
     flag("--resume", action="store_true", help="continue an interrupted run")
     flag("--tasks", type=lambda text: list(parse_weights(text, SID_TASKS, "task with an item's SID")),
-         help="whose prompts; default: what the checkpoint recommends by")
+         help="whose prompts; default: the checkpoint's")
     flag("--reward", type=lambda text: parse_weights(text, REWARDS, "reward"), default="hit:1",
          help=f"weighted sum of {', '.join(REWARDS)}")
     flag("--rollout", choices=("beam", "sample"), default="beam", help="draws are without replacement")
@@ -311,7 +310,7 @@ def main() -> None:
         read_in_bf16(reference)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {len(train)} prompts | "
-          f"{len(valid)} for validation | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
+          f"{len(valid)} to validate | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
     log_path = out.with_name(f"{out.stem}_log.jsonl")
     resume_path = out.with_name(f"{out.stem}_resume.pt")
@@ -322,7 +321,7 @@ def main() -> None:
         state = load_progress(resume_path, model, optimizer, settings)
         print(f"continuing after update {state['step']}")
     else:
-        row = {"step": 0, **validate(model, catalogue, prompts, targets, args.micro_tokens)}
+        row = {"step": 0, **validate(model, catalogue, prompts, targets)}
         state = {"step": 0, "best": row["NDCG@10"], "bad_evals": 0, "log": [row]}
         print(f"start | valid {show(row, SHOWN)}")
         if rank == 0:
@@ -360,7 +359,7 @@ def main() -> None:
             bar.write(show(row, row))
         validated = step % args.eval_every == 0 or step == steps
         if validated:
-            row |= validate(model, catalogue, prompts, targets, args.micro_tokens)
+            row |= validate(model, catalogue, prompts, targets)
             start = time.time()  # rollouts per second leave it out
             better = row["NDCG@10"] > best
             best, bad_evals = (row["NDCG@10"], 0) if better else (best, bad_evals + 1)

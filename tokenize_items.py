@@ -152,7 +152,7 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of each row and the squared distance (eq. 2); (N, D), (K, D) -> (N,), (N,)."""
-    rows_per_block = max(1, DISTANCE_BYTES // (4 * len(centroids)))  # bounded memory for any N
+    rows_per_block = max(1, DISTANCE_BYTES // (4 * len(centroids)))  # bounded memory
     square = (centroids * centroids).sum(1)
     blocks = [torch.addmm(square, block, centroids.T, alpha=-2).min(1) for block in x.split(rows_per_block)]
     distance = torch.cat([block.values for block in blocks]) + (x * x).sum(1)

@@ -270,10 +270,10 @@ def test_a_process_without_validation_users(monkeypatch):
     prompts, targets = random_prompts((4, 6, 2)), catalogue.item_ids[:3]
     totals = []                                                         # of the other process
     monkeypatch.setattr(stage, "sum_over_processes", lambda value: totals.append(value) or value)
-    alone = stage.validate(model, catalogue, prompts, targets, 4096)
+    alone = stage.validate(model, catalogue, prompts, targets)
     monkeypatch.setattr(stage, "sum_over_processes", lambda value: value + totals[0])
-    assert stage.validate(model, catalogue, [], [], 4096) == pytest.approx(alone)
-    assert stage.validate(model, catalogue, prompts, targets, 4096) == pytest.approx(alone)
+    assert stage.validate(model, catalogue, [], []) == pytest.approx(alone)
+    assert stage.validate(model, catalogue, prompts, targets) == pytest.approx(alone)
 
 
 # ---- whole runs ----
