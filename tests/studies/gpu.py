@@ -8,9 +8,9 @@
   train       train.py with random models: tokens per second, peak memory, host syncs of an update
   smollm2     pretrained.py with --backbone FOLDER, SmolLM2's; the next call goes on where it stopped
 
-At a host sync, Python waits for the GPU. CUDA reports each one. On a CPU, calls are counted instead that would
-be one on a GPU: values read (item, bool, tolist, boolean indices), and copies to the device by our scripts.
-What the optimizer's step does is left out.
+At a host sync, Python waits for the GPU. CUDA reports each one. On a CPU, calls are counted instead that
+would be one on a GPU: values read (item, bool, tolist, boolean indices), and copies to the device by our
+scripts. What the optimizer's step does is left out.
 
 Reads   RUN: a finished run, with init.pt and sft.pt
 Writes  --out: one line per figure, appended; what is there for this device is not measured again
@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -57,15 +56,16 @@ SHAPES = {                              # model type, width, inner width, layers
     "Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 151_936),
     "small": ("qwen3", 64, 128, 2, 4, 2, 4096),
 }
-MICRO_TOKENS = {"SmolLM2-135M": (4096, 16384, 65536), "Qwen2.5-1.5B": (4096, 8192, 16384), "small": (400, 4000)}
-UPDATES = 6                             # of train.py: the first warms up, the second's syncs count, four are timed
+MICRO_TOKENS = {"SmolLM2-135M": (4096, 16384, 65536), "Qwen2.5-1.5B": (4096, 8192, 16384),
+                "small": (400, 4000)}
+UPDATES = 6                             # of train.py: one to warm up, one whose syncs count, four timed
 NVIDIA = {1: "NVIDIA's 1.7B on an H100: 17.6 ms, prefill 7.0 ms", 8: "NVIDIA's: 93.2 ms, twice its prefill"}
 EVALUATE = "evaluate.py --run {run} --device {device} --memory 0 --metrics {tmp}/m --predictions {tmp}/p"
 COMMANDS = {                            # part -> commands, the same if --small, and the lines to keep
     "suite": (["-m pytest -q tests"], ["-m pytest -q tests/test_tasks.py"], r"FAILED|ERROR|passed|failed"),
     "benchmark": ([f"tests/studies/benchmark.py --device {{device}} --works {work}" for work in
                    ("search", "sampling", "rl", "trie", "kmeans", "sft")],
-                  ["tests/studies/benchmark.py --device {device} --smoke --works trie"], r" ms .* MB|per item"),
+                  ["tests/studies/benchmark.py --device {device} --smoke --works trie"], " ms .* MB"),
     "catalogue": ([EVALUATE], [EVALUATE + " --limit 50"], r"per second|^sft.pt"),
     "smollm2": (["tests/studies/pretrained.py --run {run} --backbone {backbone} {pretrained}"], [], r"^\|"),
 }
@@ -75,13 +75,14 @@ COMMANDS = {                            # part -> commands, the same if --small,
 
 class Waits(TorchDispatchMode):
     """Counts operators whose result must be known before Python can go on."""
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2")
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         if name in ("index", "index_put", "index_put_"):
             self.count += any(index is not None and index.dtype == torch.bool for index in args[1])
-        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2")
+        self.count += name in self.OPERATORS
         return func(*args, **(kwargs or {}))
 
 
@@ -124,26 +125,20 @@ def wait(device: torch.device) -> float:
 # ---- The parts: each yields rows, with what was measured as "work" and what was found --------------
 
 def commands(part: str, args, device: torch.device) -> Iterator[dict]:
-    """Run scripts. A script that takes too long gets Ctrl-C, upon which train.py saves its progress."""
+    """Run scripts and keep some of their lines. Too long a script gets Ctrl-C, upon which train.py saves."""
     for command in COMMANDS[part][args.small]:
-        if part == "smollm2" and not (args.backbone and (ROOT / command.split()[0]).exists()):
-            print("smollm2: left out, needs tests/studies/pretrained.py and --backbone")
+        if args.is_done(command) or part == "smollm2" and not args.backbone:
             continue
-        if part != "smollm2" and args.is_done(command):
-            continue
-        visible, start = "0" if device.type == "cuda" else "", time.perf_counter()      # see tests/conftest.py
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0" if device.type == "cuda" else ""}
+        limited, start = ["timeout", "--signal=INT", str(args.seconds), sys.executable], time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             words = command.format(**vars(args) | {"tmp": folder, "device": device.type}).split()
-            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                       start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": visible})
-            try:
-                output, _ = process.communicate(timeout=args.seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGINT)
-                output = process.communicate()[0] + "\n| stopped: time is up"
-        lines = [line for line in output.splitlines() if re.search(COMMANDS[part][2], line)]
-        seconds = round(time.perf_counter() - start, 1)
-        yield {"work": command, "seconds": seconds, "exit code": process.returncode, "lines": lines}
+            done = subprocess.run(limited + words, cwd=ROOT, env=environment, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if re.search(COMMANDS[part][2], line)]
+        if done.returncode:
+            lines += done.stderr.splitlines()[-1:]      # 124: time was up
+        yield {"work": command, "seconds": round(time.perf_counter() - start, 1), "lines": lines,
+               "exit code": done.returncode}
 
 
 def precision(args, device: torch.device) -> Iterator[dict]:
@@ -166,7 +161,8 @@ def precision(args, device: torch.device) -> Iterator[dict]:
         tops[dtype] = [ranking.items[:10] for ranking in rankings]
     both, count = list(zip(*tops.values())), len(prompts)
     hits = {dtype: sum(pair.row["target"] in top for pair, top in zip(pairs, tops[dtype])) for dtype in tops}
-    yield {"work": f"{count} prompts, 20 beams", "same first item": sum(a[0] == b[0] for a, b in both) / count,
+    yield {"work": f"{count} prompts, 20 beams",
+           "same first item": sum(a[0] == b[0] for a, b in both) / count,
            "same ten": sum(set(a) == set(b) for a, b in both) / count,
            "same ten, same order": sum(a == b for a, b in both) / count,
            "HR@10 float32": hits[torch.float32] / count, "HR@10 bf16": hits[torch.bfloat16] / count}
@@ -215,7 +211,7 @@ class Enough(Exception):
 def train_updates(flags: list, device: torch.device, load) -> dict:
     """Run train.py for some updates. Hooks on the optimizer's step tell where one ends."""
     found, seen, counting = {}, {"updates": 0, "passes": 0, "tokens": 0}, contextlib.ExitStack()
-    collate, handlers = train.collate, [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    collate = train.collate
 
     def counted_collate(examples, device):
         seen["passes"] += 1
@@ -240,14 +236,14 @@ def train_updates(flags: list, device: torch.device, load) -> dict:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.callback(torch.backends.cuda.enable_flash_sdp, True)
-        for name, handler in handlers:
-            stack.callback(signal.signal, name, handler)
         stack.callback(register_optimizer_step_pre_hook(before_step).remove)
         stack.callback(register_optimizer_step_post_hook(after_step).remove)
-        stack.enter_context(patch.multiple(train, load_model=load, collate=counted_collate))
+        stack.enter_context(patch.multiple(train, load_model=load, collate=counted_collate,
+                                           catch_interrupts=lambda device: bool))      # Ctrl-C as usual
         flags = ["train.py", "--out", f"{folder}/sft.pt", "--evals-per-epoch", "1", *flags]
         stack.enter_context(patch.object(sys, "argv", flags))
         stack.enter_context(contextlib.suppress(Enough))
+        stack.enter_context(counting)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         train.main()
@@ -258,7 +254,8 @@ def train_updates(flags: list, device: torch.device, load) -> dict:
 
 def training(args, device: torch.device) -> Iterator[dict]:
     shapes = ("small",) if args.small else ("SmolLM2-135M", "Qwen2.5-1.5B")
-    for name, micro in [("RUN/init.pt", 0), *((name, micro) for name in shapes for micro in MICRO_TOKENS[name])]:
+    settings = [(name, micro) for name in shapes for micro in MICRO_TOKENS[name]]
+    for name, micro in [("RUN/init.pt", 0), *settings]:
         work = f"{name}, --micro-tokens {micro or 'as preset'}"
         if args.is_done(work):
             continue
@@ -278,17 +275,19 @@ def training(args, device: torch.device) -> Iterator[dict]:
             yield {"work": work, "out of memory": True}
 
 
-PARTS = ("suite", "precision", "benchmark", "search", "catalogue", "train", "smollm2")
+PARTS = {**dict.fromkeys(COMMANDS, commands), "precision": precision, "search": search, "train": training}
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 def show(row: dict) -> str:
     """One row of the table."""
-    texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-             if key not in ("device", "part", "work", "lines", "wanted")]
-    texts += row.get("lines", [])
-    return f"| {row['part']} | {row['work']} | {'<br>'.join(texts)} | {row.get('wanted', '')} | {row['device']} |"
+    figures = {key: row[key] for key in row if key not in ("device", "part", "work", "lines", "wanted")}
+    texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+             for key, value in figures.items()]
+    texts += [re.sub(" *[|] *| {2,}", ", ", line) for line in row.get("lines", [])]
+    cells = row["part"], row["work"], "<br>".join(texts), row.get("wanted", ""), row["device"]
+    return f"| {' | '.join(cells)} |"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -316,15 +315,14 @@ def main() -> None:
         print("\n".join(show(row) for row in rows))
         return
     device = set_up(args.device)
-    chip = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in args.part.split(","):
         known = {row["work"] for row in rows if (row["device"], row["part"]) == (chip, part)}
-        args.is_done = known.__contains__
+        args.is_done = known.__contains__ if part != "smollm2" else lambda work: False
         if known and part in ("precision", "search"):
             continue
-        measure = {"precision": precision, "search": search, "train": training}.get(part)
-        for row in measure(args, device) if measure else commands(part, args, device):
+        for row in commands(part, args, device) if part in COMMANDS else PARTS[part](args, device):
             row = {"device": chip, "part": part, **row}
             print(show(row), flush=True)
             with out.open("a", encoding="utf-8") as file:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import requests
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -106,6 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    transformers.logging.disable_progress_bar()
     device, run = set_up("cpu"), Path(args.run)
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, saved = load_model(args.checkpoint or run / "sft.pt", device, items)
