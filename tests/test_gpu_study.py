@@ -76,6 +76,24 @@ def test_parts_that_run_scripts(finished_run, tmp_path, monkeypatch, capsys):
     assert rows[1]["lines"][0].endswith("cpu smol")
 
 
+@pytest.mark.parametrize("name, millions", [
+    ("SmolLM2-135M", 134.5), ("Qwen2.5-1.5B", 1543.7), ("Qwen3-1.7B", 1720.6)])
+def test_shapes_are_those_of_the_models(name, millions):
+    model = gpu.random_model(name, torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_commands_of_the_full_size_are_accepted(tmp_path):
+    values = {"run": "runs/demo", "device": "cuda", "tmp": tmp_path, "backbone": "folder",
+              "pretrained": "--arms mean"}
+    for full, small, _ in gpu.COMMANDS.values():
+        for command in full + small:
+            script, *words = command.format(**values).split()
+            name = script.removesuffix(".py").split("/")[-1]
+            if script != "-m" and (ROOT / script).exists():
+                importlib.import_module(name).parse_args(words)
+
+
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.parse_args(["--part", "suite,speed"])

@@ -5,8 +5,11 @@ id. With --engine, a server completes test prompts, freely and constrained to th
 its own fields for that:
 
   transformers   generation_config: beam search, with a bonus for each token that continues a SID
-  vllm           structured_outputs, a list of all SIDs; --samples of them, the most likely one counts
+  vllm           structured_outputs, a list of all SIDs; of --samples answers the most likely one counts
   sglang         regex, the trie of all SIDs; greedy; not run yet
+
+Start a server by `transformers serve FOLDER` or `vllm serve FOLDER --logprobs-mode processed_logprobs`; the
+latter's beam search takes no constraint (0.32). Without a constraint no answer need be a SID.
 
 A grammar also admits a SID spelled letter by letter; allowed_token_ids or logit_bias rules that out. Answers
 are compared with the first SID of our beam_search: W=1 is the greedy choice, W=20 what evaluate.py finds.
