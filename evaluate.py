@@ -19,13 +19,13 @@ Writes  RUN/metrics.jsonl (appended), predictions.jsonl
 
 Differs from the papers
   1. A hit is the target item. The papers count a hit if the SID matches: the line with level "sid".
-  2. The memory; --memory 0 is the papers' system. Three counts of train.jsonl stand in the same table.
+  2. The memory; --memory 0 is the papers' system. Counts stand in the same table.
   3. Probabilities are normalised over the trie's children at each level.
   4. Items that were never a target in training count as the average of their siblings.
 
 Examples
-  python evaluate.py --show 3                    # the demo's test users, three of them in words
-  python evaluate.py --history 12,55,89          # ten recommendations for that history
+  python evaluate.py --show 3            # three test users in words
+  python evaluate.py --history 12,55,89  # ten recommendations
 """
 import argparse
 import math

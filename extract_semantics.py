@@ -19,7 +19,7 @@ Differs from the paper
   3. STAR (appendix A.1.2) writes 5 queries per item. Here one of each item's is for testing.
 
 Examples
-  python extract_semantics.py                                          # the demo, 1 s
+  python extract_semantics.py  # the demo, 1 s
   python extract_semantics.py --teacher http --base-url http://localhost:8000/v1 --teacher-model NAME
 """
 import argparse

@@ -15,11 +15,11 @@ Writes  RUN/rl.pt (the weights with the best validation NDCG@10, the SFT model's
 Differs from the paper and from MiniOneRec
   1. Probabilities are over the trie's children at each level, in rollouts and in the update alike.
   2. The group is MiniOneRec's beams. `--rollout sample` draws distinct SIDs without replacement.
-  3. A group with equal rewards is dropped from both terms. It still counts in the mean over the batch.
+  3. A group with equal rewards is dropped from both terms. It still counts in the batch's mean.
   4. The reference stays the SFT model. There is no dropout.
 
 Examples
-  python rl.py --reward hit:1,rank:1                               # MiniOneRec's reward
+  python rl.py --reward hit:1,rank:1  # MiniOneRec's reward
   torchrun --nproc-per-node 8 -- rl.py --run runs/qwen
 """
 import argparse
@@ -312,8 +312,7 @@ def main() -> None:
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {len(train)} prompts | "
           f"{len(valid)} to validate | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
-    log_path = out.with_name(f"{out.stem}_log.jsonl")
-    resume_path = out.with_name(f"{out.stem}_resume.pt")
+    log_path, resume_path = (out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
     start_rows = model.get_input_embeddings().weight[catalogue.sid_ids].detach().cpu().numpy()
     fingerprint = hashlib.sha256(start_rows.tobytes()).hexdigest()
     settings = {**vars(args), "prompts": len(train), "processes": world, "reference": fingerprint}

@@ -14,16 +14,17 @@ Differs from the papers
   2. A text response ends with EOS. A SID does not: its length is fixed.
   3. The tiny backbone has its own settings and tasks, see PRESETS. `--loss trie` is that of the search.
   4. Prompts are plain lines; STAR's are chat messages. --lora is not quantised; STAR's has 4 bits.
-  5. --stage align validates on 5 % of its examples, which it does not train on.
+  5. --stage align validates on 5 % of its examples and does not train on them.
 
 Examples
-  python train.py --stage align                            # STAR, then: --from runs/demo/align.pt
-  python train.py --tasks next,title2sid,sid2title         # LC-Rec style: no TS-Align
+  python train.py --stage align                     # STAR, then: --from runs/demo/align.pt
+  python train.py --tasks next,title2sid,sid2title  # LC-Rec style: no TS-Align
 """
 import argparse
 import math
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,24 +45,21 @@ from tokenize_items import (
 # Shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width.
 DESCRIPTION_WORDS = 100  # of a description in a prompt
 MAX_SEQUENCE = 50        # items in one example of `sequence`
+PAIRS_PER_ITEM = 5       # examples of `similar`
 HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0  # of --stage align's examples; of the gradient
 
 class Task(NamedTuple):
     """One task: its data, its templates (one is drawn for each example), its response."""
-    source: str  # "samples", "users", "items", "tokens", "queries"
+    source: str  # "samples", "users", "pairs", "items", "tokens", "queries"
     instructions: tuple[str, ...]
     response: str
     end: str = "\n"  # of the instruction
 
     @property
-    def is_text(self) -> bool:
-        return "{title}" in self.response or "{description}" in self.response
-
-    @property
     def recommends(self) -> bool:
         return self.source == "samples" and self.response == "{sid}"
 
-TASKS = {  # TS-Rec, A.2.1 - A.2.4
+TASKS = {  # TS-Rec, A.2; from description2sid on STAR, A.2; the last three: ours
     "next": Task("samples", (
         "The user has interacted with items {history} in chronological order. Can you predict the next "
         "possible item that the user may expect?",), "{sid}"),
@@ -73,27 +71,18 @@ TASKS = {  # TS-Rec, A.2.1 - A.2.4
     "next_description": Task("samples", (
         "Please review the user's historical interactions: {history}, and describe what kind of item he "
         "still needs.",), "{description}"),
-    # TS-Align, 4.2
-    "text2token": Task("tokens", (
+    "text2token": Task("tokens", (  # TS-Align, 4.2
         "Identify the specific SID token shared by items that exhibit the following scope and "
         'characteristics: "{description}"',), "{token}"),
     "token2text": Task("tokens", (
         "Describe the typical scope and shared features of items associated with the token: "
         '"{token}"',), "{description}"),
-    # STAR, A.2.1 - A.2.3
     "description2sid": Task("items", ("Can you tell me what item is described as {about}?",), "{sid}"),
     "text2sid": Task("items", ("What item is called {title} and described as {about}?",), "{sid}"),
     "name_item": Task("items", ("Could you please tell me what item {sid} is called?",), "{title}"),
     "describe_item": Task("items", ("Briefly describe item {sid}.",), "{description}"),
     "sid2text": Task("items", (
         "What is the title and description of item {sid}?",), "{title}\n\n{description}"),
-    "retrieve": Task("samples", (
-        "The user has interacted with items {history} in chronological order. Can you predict the next "
-        "possible item that the user may expect?",
-        "Based on the items that the user has interacted with: {history}, can you determine what item would "
-        "be recommended to the user next?",
-        "Here is the item interaction history of the user: {history}, what to recommend to the user "
-        "next?"), "{sid}"),
     "search": Task("queries", (
         "As a recommender system, you are assisting a user who expresses a desire to obtain an item with the "
         "following characteristics: {query}. Please recommend an item that meets these criteria.",
@@ -101,9 +90,10 @@ TASKS = {  # TS-Rec, A.2.1 - A.2.4
         "search intent.",
         "Based on the user's current query {query}, please generate an item that matches the user's "
         "intent."), "{sid}"),
-    # Ours: `sequence` supervises each item of a user once, in the token ids of next_brief
+    # sequence supervises every item but the first, in the token ids of next_brief
     "next_brief": Task("samples", ("The user bought {items}",), "{sid}", end=""),
     "sequence": Task("users", ("The user bought {first}",), "{rest}", end=""),
+    "similar": Task("pairs", ("The user bought {first}",), "{rest}", end=""),
 }
 TS_REC = "next,title2sid:0.1,sid2title:0.1,next_title:0.1,next_description:0.1,text2token:0.1,token2text:0.1"
 STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
@@ -113,7 +103,7 @@ PRESETS = {
     "hf": dict(tasks=TS_REC, loss="vocab", epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20,
                dropout=0.0, weight_decay=0.0, evals_per_epoch=4, patience=3, max_response=256,
                micro_tokens=4096),
-    "tiny": dict(tasks="sequence,title2sid:0.05,text2token:0.02,token2text:0.02", loss="trie",
+    "tiny": dict(tasks="sequence,similar:0.05,title2sid:0.05,text2token:0.02,token2text:0.02", loss="trie",
                  epochs=16, lr=1.5e-3, beta2=0.95, batch_size=64, warmup=100, dropout=0.2,
                  weight_decay=0.01, evals_per_epoch=1, patience=0, max_response=128, micro_tokens=3072),
     "align": dict(tasks=STAR_ALIGN, loss="vocab", epochs=10, lr=1e-3, beta2=0.999, batch_size=16,
@@ -137,7 +127,7 @@ def row_fields(source: str, row: dict, item_of: dict) -> dict[str, str]:
     """What a template can say about a row of its task's data."""
     if source == "samples":
         return history_fields(row["history"], item_of) | item_fields(item_of[row["target"]])
-    if source == "users":
+    if source in ("users", "pairs"):
         return history_fields(row["items"], item_of)
     if source == "items":
         return item_fields(row)
@@ -177,12 +167,11 @@ class Example(NamedTuple):
     start: int
     weight: float = 1.0     # of each of its supervised tokens
     leaves: list[int] = []  # the SIDs of the response, if they are scored over the trie
-
 Examples = dict[str, list[Example]]  # by task
 
 def make_examples(tokenizer, name: str, data: dict, max_response: int, seed: str = "",
                   leaf_of: dict[str, int] = {}) -> list[Example]:
-    """A task's examples. EOS ends a text; texts are cut to `max_response` tokens, prompts never.
+    """A task's examples. EOS ends a text, which is cut to `max_response` tokens.
 
     leaf_of, with --loss trie: the trie's leaf of every SID.
     """
@@ -191,7 +180,7 @@ def make_examples(tokenizer, name: str, data: dict, max_response: int, seed: str
         return []
     prompts = prompt_ids(tokenizer, [pair.instruction for pair in pairs])
     responses = tokenizer([pair.response for pair in pairs], add_special_tokens=False).input_ids
-    if TASKS[name].is_text:
+    if "{title}" in TASKS[name].response or "{description}" in TASKS[name].response:
         responses = [(ids + [tokenizer.eos_token_id])[:max_response] for ids in responses]
     examples, on_trie = [], TASKS[name].response in ("{sid}", "{rest}")
     for pair, prompt, response in zip(pairs, prompts, responses):
@@ -228,8 +217,11 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
             of_token += [row] * len(supervised)
     weights = torch.tensor([e.weight for e in examples])[of_token + of_sid]
     tasks = torch.tensor([list(TASKS).index(e.task) for e in examples])[of_token + of_sid]
-    parts = (torch.tensor(part, dtype=torch.long) for part in (places, labels, sid_places, leaves))
-    return Batch(*(tensor.to(device) for tensor in (ids, *parts, weights, tasks)))
+    parts = [torch.tensor(part, dtype=torch.long) for part in (places, labels, sid_places, leaves)]
+    tensors = [ids, *parts, weights, tasks]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]  # copies from it do not wait
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 # ---- Batches -----------------------------------------------------
 def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[str, int]]:
@@ -334,6 +326,14 @@ def user_sequences(samples: list[dict]) -> list[dict]:
     return [{**row, "items": row["items"][start:start + MAX_SEQUENCE]} for row in sequences
             for start in range(0, len(row["items"]) - 1, MAX_SEQUENCE - 1)]  # pieces share one item
 
+def similar_items(items: list[dict]) -> list[dict]:
+    """Pairs of items that share all codes but the last."""
+    groups, rng = defaultdict(list), random.Random(0)
+    for item in items:
+        groups[tuple(item["sid"][:-1])].append(item["item_id"])
+    return [{"items": rng.sample(group, 2)} for group in groups.values() if len(group) > 1
+            for _ in range(PAIRS_PER_ITEM * len(group))]
+
 def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
     """What the tasks need of the run's files; test.jsonl is never read."""
     known, sources = {item["item_id"] for item in items}, {TASKS[name].source for name in tasks}
@@ -341,6 +341,8 @@ def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
     if sources & {"samples", "users"}:
         data["samples"] = read_samples(run / "train.jsonl", known)
         data["users"] = user_sequences(data["samples"])
+    if "pairs" in sources:
+        data["pairs"] = similar_items(items)
     if "tokens" in sources:
         data["tokens"] = read_semantics(run / "semantics.jsonl", items)
     if "queries" in sources:

@@ -13,7 +13,7 @@ def last_row(run) -> dict:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("task", ["title2sid", "description2sid", "text2sid", "retrieve", "next"])
+@pytest.mark.parametrize("task", ["title2sid", "description2sid", "text2sid", "next_brief", "next"])
 def test_tasks_that_ask_for_sids(run, task):
     call(evaluate, "--run", run, "--task", task, "--limit", 12)
     row = last_row(run)

@@ -31,6 +31,7 @@ DATA = {
     "items": ITEMS,
     "samples": [{"user_id": "u", "history": ["x", 1], "target": 1}],
     "users": [{"user_id": "u", "items": [1, "x", 1]}],
+    "pairs": [{"items": ["x", 1]}],
     "tokens": [{"token": "<a_1>", "description": "Wires of copper"}],
     "queries": [{"item_id": 1, "query": "a rod of steel", "split": "train"}]}
 SID, TITLE, TEXT = "<a_0> <b_1> <c_0>", "Steel rod <eos>", "A long rod <eos>"
@@ -56,12 +57,7 @@ TABLE = {
     "name_item": {"Could you please tell me what item <a_0><b_1><c_0> is called?": TITLE},
     "describe_item": {"Briefly describe item <a_0><b_1><c_0>.": TEXT},
     "sid2text": {"What is the title and description of item <a_0><b_1><c_0>?": f"Steel rod \n \n {TEXT}"},
-    "retrieve": {
-        f"The user has interacted with items {TWO} in chronological order. Can you predict the next possible "
-        "item that the user may expect?": SID,
-        f"Based on the items that the user has interacted with: {TWO}, can you determine what item would be "
-        "recommended to the user next?": SID,
-        f"Here is the item interaction history of the user: {TWO}, what to recommend to the user next?": SID},
+    "similar": {"The user bought <a_1><b_0><c_1>": SID},
     "search": {
         "As a recommender system, you are assisting a user who expresses a desire to obtain an item with the "
         "following characteristics: a rod of steel. Please recommend an item that meets these criteria.": SID,
@@ -243,23 +239,32 @@ def test_collate_equals_a_naive_loop():
 
 def test_a_model_recommends_by_the_first_task_it_was_trained_on_that_does():
     alone = {name for name in stage.TASKS if filled_in("tiny", "--tasks", name).recommends == name}
-    assert alone == {"next", "next_brief", "retrieve"}
+    assert alone == {"next", "next_brief"}
     assert filled_in("tiny").recommends == "next_brief"
     assert filled_in("Qwen/Qwen2.5-1.5B").recommends == "next"
-    for tasks, expected in (("title2sid,retrieve,next", "retrieve"), ("next_title,search", "next"),
+    for tasks, expected in (("title2sid,next_brief,next", "next_brief"), ("next_title,search", "next"),
                             ("text2token,sequence", "next_brief"), ("sequence,next", "next")):
         assert filled_in("tiny", "--tasks", tasks).recommends == expected
-    text = {name for name, task in stage.TASKS.items() if task.is_text}
+    text = {name for name, task in stage.TASKS.items() if re.search("{title}|{description}", task.response)}
     assert text == {"sid2title", "next_title", "next_description", "token2text", "name_item", "describe_item",
                     "sid2text"}
 
 
+def test_similar_items_share_all_codes_but_the_last():
+    sids = ["<a_0><b_0><c_0>", "<a_0><b_0><c_1>", "<a_0><b_0><c_2>", "<a_0><b_1><c_0>", "<a_1><b_1><c_0>"]
+    items = [{"item_id": n, "sid": re.findall("<.*?>", sid)} for n, sid in enumerate(sids)]
+    pairs = stage.similar_items(items)
+    assert len(pairs) == 3 * stage.PAIRS_PER_ITEM and pairs == stage.similar_items(items)
+    drawn = {tuple(pair["items"]) for pair in pairs}
+    assert len(drawn) > 3 and drawn <= {(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)}
+
+
 def test_templates_are_drawn_by_the_seed():
-    data = {**DATA, "samples": DATA["samples"] * 300}
-    one, again, other = (texts_of("retrieve", data, seed) for seed in ("1", "1", "2"))
+    data = {**DATA, "queries": DATA["queries"] * 300}
+    one, again, other = (texts_of("search", data, seed) for seed in ("1", "1", "2"))
     assert one == again != other
     counts = collections.Counter(instruction for instruction, _ in one)
-    assert set(counts) == set(TABLE["retrieve"]) and min(counts.values()) > 60
+    assert set(counts) == set(TABLE["search"]) and min(counts.values()) > 60
     assert texts_of("next", data, "1") == texts_of("next", data, "2")
 
 

@@ -29,7 +29,8 @@ from tokenize_items import (length_batches, make_parser, number, read_catalogue,
 from train import TASKS, make_pairs, prompt_ids, read_data  # noqa: E402
 
 # Letters used in shapes: B prompts, W beams, V vocabulary rows, D width.
-TEXT_TASKS = [name for name, task in TASKS.items() if task.is_text and task.source in ("items", "tokens")]
+TEXT_TASKS = [name for name, task in TASKS.items() if task.source in ("items", "tokens")
+              and ("{title}" in task.response or "{description}" in task.response)]
 
 
 @torch.no_grad()
