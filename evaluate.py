@@ -347,7 +347,7 @@ def print_details(rows: list[dict]) -> None:
         hits = [f"{row['kinds'][kind]['HR@1']:.3f} / {row['kinds'][kind]['HR@10']:.3f}" for row in rows]
         print(f"{kind:<34}{first['n']:>6}" + "".join(f"{hit:>20}" for hit in hits))
     for level in range(len(rows[0]["codes"])):
-        name = f"code {level + 1} of the best item right" + (", if all before" if level else "")
+        name = f"code {level + 1} of the best item" + (", if all before" if level else "")
         shares = [row["codes"][level] / max(1e-9, [1, *row["codes"]][level]) for row in rows]
         print(f"{name:<40}" + "".join(f"{share:>20.3f}" for share in shares))
 

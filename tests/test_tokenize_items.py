@@ -818,11 +818,11 @@ BAD_USERS = {       # what is wrong: (content of interactions.jsonl, words of th
     "no items": (user_lines(items=[], timestamps=[]), ("line 2", "empty")),
     "times fall": (user_lines(items=[1, 2, 3], timestamps=[1, 3, 2]), ("'u1'", "ascending")),
     "times missing": (user_lines(items=[1, 2, 3], timestamps=[1, 2]), ("'u1'", "one for each")),
-    "times no list": (user_lines(items=[1, 2, 3], timestamps=5), ("line 2", "timestamps")),
+    "times no list": (user_lines(items=[1, 2, 3], timestamps=5), ("'u1'", "timestamps")),
     "times mixed": (user_lines(items=[1, 2, 3], timestamps=[1, "2", 3]), ("'u1'", "timestamps")),
     "empty split": (jsonl([{"user_id": "u", "items": [1, 2, 3]}]), ("train", "empty"))}
 BAD_FLAGS = {       # what is wrong: (flags, words of the message)
-    "no times": (("--split", "chronological"), ("line 2", "'timestamps'")),
+    "no times": (("--split", "chronological"), ("'u1'", "timestamps")),
     "K too large": (("--codebook-size", 61), ("codebook size 61", "60", "--codebook-size")),
     "K too large for rqvae": (("--codebook-size", 61, "--quantizer", "rqvae"), ("codebook size 61", "60")),
     "full prefix": (("--codebook-size", 2, "--num-levels", 2), ("prefix <a_", "--codebook-size")),
