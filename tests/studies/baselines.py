@@ -1,16 +1,12 @@
 """Train two yardsticks on a run's samples: SASRec, which knows item ids only, and a TIGER-style decoder.
 
-sasrec: arXiv 1808.09781, two causal transformer blocks over items. The loss is the cross-entropy of a
-softmax over the whole catalogue, at every position of a user's sequence; the paper has one negative.
-tiger:  arXiv 2305.05065, a decoder from scratch that reads and writes SID tokens and no words. It has the
-shape of the tiny backbone, and is trained and evaluated by train.py and evaluate.py.
-
-Differs from the papers
-  1. sasrec: tied output, AdamW, cosine learning rate. The best epoch by NDCG@10 on validation is kept.
-  2. tiger: a Qwen2 decoder, not T5. The SIDs are the run's, there is no user token. Loss over the trie.
+sasrec: arXiv 1808.09781, two causal transformer blocks over items, with a softmax over the whole catalogue
+at every position, tied output and AdamW; the paper compares with one drawn item. The best epoch is kept.
+tiger: arXiv 2305.05065, a decoder from scratch that reads and writes SID tokens, no words. It is a Qwen2 of
+the tiny backbone's size, not T5; the SIDs are the run's; train.py's settings, without a user token.
 
 Reads   RUN/items.jsonl, train.jsonl, valid.jsonl, test.jsonl
-Writes  RUN/metrics.jsonl (appended); for tiger also tiger_init.pt, tiger.pt and tiger_predictions.jsonl
+Writes  RUN/metrics.jsonl (appended); tiger also tiger_init.pt, tiger.pt and tiger_predictions.jsonl
 
 Examples, from the project's root
   python tests/studies/baselines.py sasrec --run runs/demo
@@ -33,24 +29,24 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from evaluate import (count_pairs, print_table, rank_metrics, rank_of, rank_results, recall,  # noqa: E402
                       what_training_showed)
-from init_embeddings import (build_trie, check_tokens, count_parameters, extend_vocabulary,  # noqa: E402
-                             learning_rate, save_model, sid_digest)
+from init_embeddings import (autocast, build_trie, check_tokens, count_parameters,  # noqa: E402
+                             extend_vocabulary, learning_rate, save_model, sid_digest)
 from tokenize_items import (codes_of, make_parser, number, read_catalogue, read_jsonl,  # noqa: E402
                             read_samples, set_up, write_jsonl)
-from train import MAX_GRAD_NORM, MAX_SEQUENCE, user_sequences  # noqa: E402
+from train import MAX_GRAD_NORM, user_sequences  # noqa: E402
 
 # Letters used in shapes: B users, T items of a sequence, N items of the catalogue, D width.
-LAYERS, HEADS, BATCH, WARMUP, DEPTH = 2, 2, 128, 100, 20
+LAYERS, HEADS, BATCH, WARMUP, DEPTH = 2, 2, 64, 100, 20
 EOS = "<|endoftext|>"
 
 
 # ---- SASRec ------------------------------------------------------
 class SASRec(nn.Module):
     """A causal transformer over items, whose output layer is its item embedding."""
-    def __init__(self, num_items: int, width: int, dropout: float) -> None:
+    def __init__(self, num_items: int, max_history: int, width: int, dropout: float) -> None:
         super().__init__()
         self.items = nn.Embedding(num_items, width)
-        self.positions = nn.Embedding(MAX_SEQUENCE, width)
+        self.positions = nn.Embedding(max_history, width)
         self.dropout = nn.Dropout(dropout)
         block = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout, "gelu", batch_first=True,
                                            norm_first=True)
@@ -70,13 +66,21 @@ class SASRec(nn.Module):
         return hidden @ self.items.weight.T
 
 
+def pieces(sequence: list, max_history: int) -> list[Tensor]:
+    """A sequence in pieces of at most max_history + 1 items; neighbours share one item."""
+    starts = range(0, len(sequence) - 1, max_history)
+    return [torch.tensor(sequence[start:start + max_history + 1]) for start in starts]
+
+
 def sequence_loss(model: SASRec, sequences: list[Tensor]) -> Tensor:
     """Mean cross-entropy of every item but the first of each sequence, given those before; -> ()."""
     # Padding is on the right, where no item sees it
-    rows = pad_sequence([row[:-1] for row in sequences], batch_first=True)
-    labels = pad_sequence([row[1:] for row in sequences], batch_first=True, padding_value=-1)
-    hidden = model(rows)[labels >= 0]                                       # (items, D)
-    return F.cross_entropy(model.scores(hidden), labels[labels >= 0])
+    device = model.items.weight.device
+    rows = pad_sequence([row[:-1] for row in sequences], batch_first=True).to(device)
+    labels = pad_sequence([row[1:] for row in sequences], batch_first=True, padding_value=-1).to(device)
+    with autocast(device, "fast"):
+        logits = model.scores(model(rows)[labels >= 0])                     # (supervised items, N)
+    return F.cross_entropy(logits.float(), labels[labels >= 0])
 
 
 def mix(p: Tensor, memory: Tensor, weight: float) -> Tensor:
@@ -85,30 +89,37 @@ def mix(p: Tensor, memory: Tensor, weight: float) -> Tensor:
 
 
 @torch.no_grad()
-def rank_items(model: SASRec, histories: list[Tensor], recalled: list[dict], weight: float) -> list[list]:
-    """The best rows of the catalogue for each history; recalled: p_memory of each, {row: mass}."""
+def rank_items(model: SASRec, histories: list[list], recalled: list[dict], weight: float) -> list[list]:
+    """The best items for each history; recalled: p_memory of each, {item: mass}; weight: lambda."""
     model.eval()
     ranked, device = [], model.items.weight.device
     for start in range(0, len(histories), BATCH):
-        batch = histories[start:start + BATCH]
-        last = torch.tensor([len(row) - 1 for row in batch], device=device)
-        hidden = model(pad_sequence(batch, batch_first=True))               # (B, T, D)
-        p = model.scores(hidden[torch.arange(len(batch), device=device), last]).softmax(1)
-        memory = torch.zeros_like(p)
-        for user, masses in enumerate(recalled[start:start + BATCH]):
-            memory[user, list(masses)] = torch.tensor(list(masses.values()), device=device)
-        ranked += mix(p, memory, weight).topk(min(DEPTH, p.shape[1])).indices.tolist()
+        batch = [torch.tensor(history) for history in histories[start:start + BATCH]]
+        users, last = range(len(batch)), [len(row) - 1 for row in batch]
+        with autocast(device, "fast"):
+            hidden = model(pad_sequence(batch, batch_first=True).to(device))            # (B, T, D)
+            logits = model.scores(hidden[users, last])
+        memory = torch.zeros(logits.shape)
+        for user, masses in zip(users, recalled[start:]):
+            memory[user, list(masses)] = torch.tensor(list(masses.values()))
+        mixed = mix(logits.float().softmax(1), memory.to(device), weight)               # (B, N)
+        ranked += mixed.topk(min(DEPTH, mixed.shape[1])).indices.tolist()
     return ranked
 
 
-def train_sasrec(model: SASRec, sequences: list[Tensor], validate, epochs: int, lr: float,
+def ndcg(model: SASRec, samples: list[dict]) -> float:
+    """NDCG@10 of the model alone."""
+    ranked = rank_items(model, [row["history"] for row in samples], [{}] * len(samples), 0.0)
+    return rank_metrics([rank_of(row["target"], best) for row, best in zip(samples, ranked)], (10,))["NDCG@10"]
+
+
+def train_sasrec(model: SASRec, sequences: list[Tensor], valid: list[dict], epochs: int, lr: float,
                  weight_decay: float) -> None:
-    """Train, and end with the weights of the epoch for which `validate()` was highest."""
+    """Train, and end with the weights of the epoch with the best NDCG@10 on validation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-    steps, step, best = epochs * -(-len(sequences) // BATCH), 0, (-1.0, 0, {})
+    steps, step, best = epochs * -(-len(sequences) // BATCH), 0, -1.0
     for epoch in range(1, epochs + 1):
         model.train()
-        total = 0.0
         for batch in torch.randperm(len(sequences)).split(BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, WARMUP)
@@ -117,55 +128,54 @@ def train_sasrec(model: SASRec, sequences: list[Tensor], validate, epochs: int, 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
-            step, total = step + 1, total + loss.item()
-        ndcg = validate()
-        print(f"epoch {epoch:>3}/{epochs} | loss {total * epochs / steps:.4f} | valid NDCG@10 {ndcg:.4f}")
-        if ndcg > best[0]:
-            best = (ndcg, epoch, {name: w.clone() for name, w in model.state_dict().items()})
-    model.load_state_dict(best[2])
-    print(f"kept epoch {best[1]}")
+            step += 1
+        now = ndcg(model, valid)
+        print(f"epoch {epoch:>3}/{epochs} | loss {loss.item():.4f} | valid NDCG@10 {now:.4f}")
+        if now > best:
+            best, weights = now, {name: w.clone() for name, w in model.state_dict().items()}
+    model.load_state_dict(weights)
+
+
+def read_rows(run: Path, items: list[dict]) -> dict[str, list[dict]]:
+    """The samples of each split, with places in the catalogue instead of item_ids."""
+    place, splits = {item["item_id"]: n for n, item in enumerate(items)}, {}
+    for split in ("train", "valid", "test"):
+        samples = read_samples(run / f"{split}.jsonl", set(place))
+        splits[split] = [{"user_id": row["user_id"], "history": [place[i] for i in row["history"]],
+                          "target": place[row["target"]]} for row in samples]
+    return splits
+
+
+def evaluate_sasrec(model: SASRec, train: list[dict], samples: list[dict], items: list[dict],
+                    memory: float, facts: dict) -> list[dict]:
+    """Rows of metrics.jsonl: the model alone, and with the memory."""
+    start, pairs, known = time.time(), count_pairs(train), range(len(items))
+    histories, rankings = [row["history"] for row in samples], {}
+    recalled = [recall(history, pairs, known, set()) for history in histories]
+    for weight in sorted({0.0, memory}):
+        name = f"sasrec + memory {weight:g}" if weight else "sasrec"
+        rankings[name] = rank_items(model, histories, recalled, weight)
+    facts |= {"task": "next_brief", "n": len(samples), "num_beams": DEPTH, "exclude_history": False,
+              "candidates": None, "seconds": round(time.time() - start, 2)}
+    codes = torch.from_numpy(codes_of(items))
+    trie = build_trie(codes, int(codes.max()) + 1, torch.device("cpu"))
+    return rank_results(facts, trie, list(known), [row["target"] for row in samples], rankings, {},
+                        what_training_showed(train, samples))
 
 
 def run_sasrec(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
     """Train SASRec, rank the samples of valid and test, and append the figures to metrics.jsonl."""
-    device, start = set_up(args.device, args.seed), time.time()
-    item_ids = [item["item_id"] for item in items]
-    row_of = {item_id: row for row, item_id in enumerate(item_ids)}
-
-    def rows_of(sequence: list) -> Tensor:
-        return torch.tensor([row_of[item_id] for item_id in sequence], device=device)
-
-    samples = {name: read_samples(run / f"{name}.jsonl", set(row_of)) for name in ("train", "valid", "test")}
-    sequences = [rows_of(user["items"]) for user in user_sequences(samples["train"])]
-    histories = {name: [rows_of(sample["history"][-MAX_SEQUENCE:]) for sample in samples[name]]
-                 for name in ("valid", "test")}
-    model = SASRec(len(items), args.width, args.dropout).to(device)
-    valid_rows = [row_of[sample["target"]] for sample in samples["valid"]]
-
-    def validate() -> float:
-        ranked = rank_items(model, histories["valid"], [{}] * len(valid_rows), 0.0)
-        return rank_metrics(list(map(rank_of, valid_rows, ranked)), (10,))["NDCG@10"]
-
-    train_sasrec(model, sequences, validate, args.epochs, args.lr, args.weight_decay)
-    minutes, pairs, results = (time.time() - start) / 60, count_pairs(samples["train"]), []
-    codes = torch.from_numpy(codes_of(items))
-    trie = build_trie(codes, int(codes.max()) + 1, torch.device("cpu"))
-    for split in histories:
-        rows, started = samples[split], time.time()
-        recalled = [recall(row["history"], pairs, row_of, set()) for row in rows]
-        recalled = [{row_of[i]: mass for i, mass in masses.items()} for masses in recalled]
-        rankings = {}
-        for weight in sorted({0.0, args.memory}):
-            name = f"sasrec + memory {weight:g}" if weight else "sasrec"
-            ranked = rank_items(model, histories[split], recalled, weight)
-            rankings[name] = [[item_ids[row] for row in best] for best in ranked]
-        facts = {"method": "", "task": "next_brief", "split": split, "n": len(rows), "num_beams": DEPTH,
-                 "exclude_history": False, "candidates": None, "seconds": round(time.time() - started, 2),
-                 "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()),
-                 "minutes": round(minutes, 2)}
-        found = rank_results(facts, trie, item_ids, [row["target"] for row in rows], rankings, {},
-                             what_training_showed(samples["train"], rows))
-        print(f"{split}, {len(rows)} samples")
+    device, splits, start = set_up(args.device, args.seed), read_rows(run, items), time.time()
+    max_history = max(len(row["history"]) for rows in splits.values() for row in rows)
+    users = user_sequences(splits["train"])
+    sequences = [piece for user in users for piece in pieces(user["items"], max_history)]
+    model = SASRec(len(items), max_history, args.width, args.dropout).to(device)
+    train_sasrec(model, sequences, splits["valid"], args.epochs or 15, args.lr, args.weight_decay)
+    minutes, results = round((time.time() - start) / 60, 2), []
+    for split in ("valid", "test"):
+        facts = {"split": split, "seed": args.seed, "parameters": count_parameters(model), "minutes": minutes}
+        found = evaluate_sasrec(model, splits["train"], splits[split], items, args.memory, facts)
+        print(f"{split}, {len(splits[split])} samples")
         print_table(found)
         results += found
     metrics = run / "metrics.jsonl"
@@ -223,23 +233,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("model", choices=("sasrec", "tiger"), help="which yardstick to train")
     flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="as in evaluate.py")
-    flag("--epochs", type=number(int, 0), default=0, help="0: 40 for sasrec, train.py's preset for tiger")
-    flag("--width", type=number(int, 2), default=128, help="sasrec: D, an even number")
+    flag("--epochs", type=number(int, 0), default=0, help="0: 15 for sasrec, train.py's preset for tiger")
+    flag("--width", type=number(int, 2), default=128, help="sasrec: D")
     flag("--dropout", type=number(float, 0, 1), default=0.3, help="sasrec: of embeddings and blocks")
     flag("--lr", type=number(float, 0), default=2e-3, help="sasrec: peak learning rate")
     flag("--weight-decay", type=number(float, 0), default=0.1, help="sasrec: of all weights")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.width % HEADS:
+        parser.error(f"--width must be a multiple of {HEADS}")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     run = Path(args.run)
     items = read_catalogue(run / "items.jsonl")
-    if args.model == "tiger":
-        run_tiger(args, run, items)
-    else:
-        args.epochs = args.epochs or 40
-        run_sasrec(args, run, items)
+    (run_sasrec if args.model == "sasrec" else run_tiger)(args, run, items)
 
 
 if __name__ == "__main__":
