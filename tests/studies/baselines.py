@@ -61,10 +61,6 @@ class SASRec(nn.Module):
         future = torch.ones(length, length, dtype=torch.bool, device=rows.device).triu(1)
         return self.blocks(self.dropout(x), mask=future)
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Logits of the next item; (..., D) -> (..., N)."""
-        return hidden @ self.items.weight.T
-
 
 def pieces(sequence: list, max_history: int) -> list[Tensor]:
     """A sequence in pieces of at most max_history + 1 items; neighbours share one item."""
@@ -79,7 +75,8 @@ def sequence_loss(model: SASRec, sequences: list[Tensor]) -> Tensor:
     rows = pad_sequence([row[:-1] for row in sequences], batch_first=True).to(device)
     labels = pad_sequence([row[1:] for row in sequences], batch_first=True, padding_value=-1).to(device)
     with autocast(device, "fast"):
-        logits = model.scores(model(rows)[labels >= 0])                     # (supervised items, N)
+        hidden = model(rows)[labels >= 0]                                   # (supervised items, D)
+        logits = hidden @ model.items.weight.T                              # (supervised items, N)
     return F.cross_entropy(logits.float(), labels[labels >= 0])
 
 
@@ -98,7 +95,7 @@ def rank_items(model: SASRec, histories: list[list], recalled: list[dict], weigh
         users, last = range(len(batch)), [len(row) - 1 for row in batch]
         with autocast(device, "fast"):
             hidden = model(pad_sequence(batch, batch_first=True).to(device))            # (B, T, D)
-            logits = model.scores(hidden[users, last])
+            logits = hidden[users, last] @ model.items.weight.T                         # (B, N)
         memory = torch.zeros(logits.shape)
         for user, masses in zip(users, recalled[start:]):
             memory[user, list(masses)] = torch.tensor(list(masses.values()))
@@ -184,11 +181,6 @@ def run_sasrec(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
 
 
 # ---- TIGER-style -------------------------------------------------
-def sid_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE without pieces drops all text: "The user bought <a_1><b_2>" will be two ids."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({EOS: 0}, [])), eos_token=EOS)
-
-
 def make_start(run: Path, items: list[dict], seed: int) -> Path:
     """Write RUN/tiger_init.pt: a random model of the tiny backbone's shape, for SID tokens only."""
     set_up("cpu", seed)
@@ -198,7 +190,9 @@ def make_start(run: Path, items: list[dict], seed: int) -> Path:
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    tokenizer, path = sid_tokenizer(), run / "tiger_init.pt"
+    # A BPE without pieces drops all text: "The user bought <a_1><b_2>" will be two ids
+    pieceless = Tokenizer(models.BPE({EOS: 0}, []))
+    tokenizer, path = PreTrainedTokenizerFast(tokenizer_object=pieceless, eos_token=EOS), run / "tiger_init.pt"
     check_tokens(tokenizer, extend_vocabulary(model, tokenizer, num_levels, codebook_size))
     sid = {"num_levels": num_levels, "codebook_size": codebook_size, "num_items": len(items),
            "digest": sid_digest(items), "new_items": []}
@@ -208,23 +202,19 @@ def make_start(run: Path, items: list[dict], seed: int) -> Path:
     return path
 
 
-def run_stage(script: str, *flags) -> None:
-    """Run a stage of the project as a command; ends with its exit code if it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)])
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
 def run_tiger(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
     """Make the random model, train it with train.py, and evaluate it with evaluate.py."""
-    start, out = make_start(run, items, args.seed), run / "tiger.pt"
-    began = time.time()
-    run_stage("train.py", "--run", run, "--from", start, "--out", out, "--tasks", "sequence",
-              "--seed", args.seed, "--device", args.device, *(("--epochs", args.epochs) if args.epochs else ()))
-    print(f"tiger | {(time.time() - began) / 60:.1f} minutes")
-    for split in ("valid", "test"):
-        run_stage("evaluate.py", "--run", run, "--checkpoint", out, "--split", split, "--device", args.device,
-                  "--memory", args.memory, "--predictions", run / "tiger_predictions.jsonl")
+    first, out, start = make_start(run, items, args.seed), run / "tiger.pt", time.time()
+    train = ["train.py", "--from", first, "--out", out, "--tasks", "sequence", "--seed", args.seed]
+    train += ["--epochs", args.epochs] if args.epochs else []
+    evaluate = ["evaluate.py", "--checkpoint", out, "--memory", args.memory,
+                "--predictions", run / "tiger_predictions.jsonl"]
+    for script, *flags in (train, [*evaluate, "--split", "valid"], [*evaluate, "--split", "test"]):
+        command = [sys.executable, ROOT / script, *flags, "--run", run, "--device", args.device]
+        code = subprocess.run([str(part) for part in command]).returncode
+        if code:
+            sys.exit(code)
+        print(f"tiger | {(time.time() - start) / 60:.1f} minutes after the start")
 
 
 # ---- Command line ------------------------------------------------
