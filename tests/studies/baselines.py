@@ -167,7 +167,7 @@ def run_sasrec(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
     users = user_sequences(splits["train"])
     sequences = [piece for user in users for piece in pieces(user["items"], max_history)]
     model = SASRec(len(items), max_history, args.width, args.dropout).to(device)
-    train_sasrec(model, sequences, splits["valid"], args.epochs or 15, args.lr, args.weight_decay)
+    train_sasrec(model, sequences, splits["valid"], args.epochs or 20, args.lr, args.weight_decay)
     minutes, results = round((time.time() - start) / 60, 2), []
     for split in ("valid", "test"):
         facts = {"split": split, "seed": args.seed, "parameters": count_parameters(model), "minutes": minutes}
@@ -223,7 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("model", choices=("sasrec", "tiger"), help="which yardstick to train")
     flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="as in evaluate.py")
-    flag("--epochs", type=number(int, 0), default=0, help="0: 15 for sasrec, train.py's preset for tiger")
+    flag("--epochs", type=number(int, 0), default=0, help="0: 20 for sasrec, train.py's preset for tiger")
     flag("--width", type=number(int, 2), default=128, help="sasrec: D")
     flag("--dropout", type=number(float, 0, 1), default=0.3, help="sasrec: of embeddings and blocks")
     flag("--lr", type=number(float, 0), default=2e-3, help="sasrec: peak learning rate")
