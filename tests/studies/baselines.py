@@ -1,9 +1,12 @@
 """Train two yardsticks on a run's samples: SASRec, which knows item ids only, and a TIGER-style decoder.
 
-sasrec: arXiv 1808.09781, two causal transformer blocks over items, with a softmax over the whole catalogue
-at every position, tied output and AdamW; the paper compares with one drawn item. The best epoch is kept.
-tiger: arXiv 2305.05065, a decoder from scratch that reads and writes SID tokens, no words. It is a Qwen2 of
-the tiny backbone's size, not T5; the SIDs are the run's; train.py's settings, without a user token.
+sasrec  arXiv 1808.09781: two causal blocks over item embeddings, every position is supervised.
+        Differs: a softmax over all items, not one negative; GELU, 4 D, AdamW with a cosine.
+tiger   arXiv 2305.05065: a model from scratch that reads and writes SID tokens, and no words.
+        Differs: a Qwen2 decoder of the tiny backbone's size, not T5; the run's SIDs; no user token.
+
+SASRec ends with its best epoch on validation. TIGER is trained and evaluated by train.py and
+evaluate.py, with the settings of the tiny backbone. Both are ranked without and with the memory.
 
 Reads   RUN/items.jsonl, train.jsonl, valid.jsonl, test.jsonl
 Writes  RUN/metrics.jsonl (appended); tiger also tiger_init.pt, tiger.pt and tiger_predictions.jsonl
@@ -107,7 +110,8 @@ def rank_items(model: SASRec, histories: list[list], recalled: list[dict], weigh
 def ndcg(model: SASRec, samples: list[dict]) -> float:
     """NDCG@10 of the model alone."""
     ranked = rank_items(model, [row["history"] for row in samples], [{}] * len(samples), 0.0)
-    return rank_metrics([rank_of(row["target"], best) for row, best in zip(samples, ranked)], (10,))["NDCG@10"]
+    ranks = [rank_of(row["target"], best) for row, best in zip(samples, ranked)]
+    return rank_metrics(ranks, (10,))["NDCG@10"]
 
 
 def train_sasrec(model: SASRec, sequences: list[Tensor], valid: list[dict], epochs: int, lr: float,
@@ -138,8 +142,8 @@ def read_rows(run: Path, items: list[dict]) -> dict[str, list[dict]]:
     place, splits = {item["item_id"]: n for n, item in enumerate(items)}, {}
     for split in ("train", "valid", "test"):
         samples = read_samples(run / f"{split}.jsonl", set(place))
-        splits[split] = [{"user_id": row["user_id"], "history": [place[i] for i in row["history"]],
-                          "target": place[row["target"]]} for row in samples]
+        splits[split] = [row | {"history": [place[i] for i in row["history"]],
+                                "target": place[row["target"]]} for row in samples]
     return splits
 
 
@@ -192,13 +196,14 @@ def make_start(run: Path, items: list[dict], seed: int) -> Path:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     # A BPE without pieces drops all text: "The user bought <a_1><b_2>" will be two ids
     pieceless = Tokenizer(models.BPE({EOS: 0}, []))
-    tokenizer, path = PreTrainedTokenizerFast(tokenizer_object=pieceless, eos_token=EOS), run / "tiger_init.pt"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieceless, eos_token=EOS)
     check_tokens(tokenizer, extend_vocabulary(model, tokenizer, num_levels, codebook_size))
     sid = {"num_levels": num_levels, "codebook_size": codebook_size, "num_items": len(items),
            "digest": sid_digest(items), "new_items": []}
-    # train.py and rl.py choose their settings by the backbone's name
+    path = run / "tiger_init.pt"
+    # train.py chooses its settings by the backbone's name
     save_model(path, model, tokenizer, sid, stage="init", args={"backbone": "tiny"}, step=0, metrics={})
-    print(f"wrote {path}: {count_parameters(model):.2f} M parameters")
+    print(f"wrote {path}: {count_parameters(model):.2f} M parameters", flush=True)
     return path
 
 
@@ -214,7 +219,7 @@ def run_tiger(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
         code = subprocess.run([str(part) for part in command]).returncode
         if code:
             sys.exit(code)
-        print(f"tiger | {(time.time() - start) / 60:.1f} minutes after the start")
+        print(f"tiger | {(time.time() - start) / 60:.1f} minutes after the start", flush=True)
 
 
 # ---- Command line ------------------------------------------------
