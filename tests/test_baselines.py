@@ -15,7 +15,7 @@ baselines = importlib.import_module("baselines")
 
 def small_sasrec(num_items: int = 12, dropout: float = 0.0):
     torch.manual_seed(0)
-    return baselines.SASRec(num_items, max_history=5, width=16, dropout=dropout)
+    return baselines.SASRec(num_items, max_history=5, dropout=dropout)
 
 
 def rows(run) -> list[dict]:
@@ -31,7 +31,7 @@ def test_sasrec_is_causal():
     model = small_sasrec().eval()
     one, other = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 4, 9, 2]])[:, None]
     one, other = model(one), model(other)
-    assert one.shape == (1, 5, 16)
+    assert one.shape == (1, 5, 128)
     torch.testing.assert_close(one[:, :3], other[:, :3])
     assert not torch.allclose(one[:, 3:], other[:, 3:])
 
@@ -53,7 +53,7 @@ def test_it_learns_which_item_follows_which():
     valid = [{"history": [i], "target": (i + 5) % 12} for i in range(12)]
     model = small_sasrec(dropout=0.1)
     before = baselines.sequence_loss(model, sequences).item()
-    baselines.train_sasrec(model, sequences, valid, epochs=15, lr=2e-2, weight_decay=0.0)
+    baselines.train_sasrec(model, sequences, valid, epochs=15)
     assert baselines.sequence_loss(model.eval(), sequences).item() < before / 2
     assert baselines.ndcg(model, valid) == 1
 
@@ -65,7 +65,7 @@ def test_the_best_epoch_is_kept(monkeypatch):
         norms.append(model.items.weight.norm().item())
         return next(figures)
     monkeypatch.setattr(baselines, "ndcg", ndcg)
-    baselines.train_sasrec(model, [torch.tensor([1, 2, 3])] * 200, [], 3, lr=1e-2, weight_decay=0.0)
+    baselines.train_sasrec(model, [torch.tensor([1, 2, 3])] * 200, [], 3)
     assert model.items.weight.norm().item() == norms[1] != norms[2]
 
 
@@ -86,7 +86,7 @@ def test_memory_moves_its_items_up():
 
 
 def test_sasrec_on_a_run(run, capsys):
-    call(baselines, "sasrec", "--run", run, "--epochs", 2, "--width", 16)
+    call(baselines, "sasrec", "--run", run, "--epochs", 2)
     printed, found = capsys.readouterr().out, rows(run)
     assert "epoch   2/2" in printed and "M parameters" in printed
     methods = ("sasrec", "sasrec + memory 0.6")
@@ -99,7 +99,7 @@ def test_sasrec_on_a_run(run, capsys):
 
 def test_the_same_seed_gives_the_same_figures(run):
     for _ in range(2):
-        call(baselines, "sasrec", "--run", run, "--epochs", 1, "--width", 16)
+        call(baselines, "sasrec", "--run", run, "--epochs", 1)
     found = [row | {"seconds": 0, "minutes": 0} for row in rows(run)]
     assert found[:4] == found[4:]
 
@@ -135,7 +135,7 @@ def test_mistakes_end_with_one_line(run, tmp_path, capsys):
         (run / f"{split}.jsonl").rename(tmp_path / split)
         assert_stops(capsys, call, baselines, "sasrec", "--run", run, words=(f"{split}.jsonl",))
         (tmp_path / split).rename(run / f"{split}.jsonl")
-    for flags in (["sasrec", "--width", "7"], ["bert"]):
+    for flags in (["sasrec", "--dropout", "1"], ["bert"]):
         with pytest.raises(SystemExit) as stopped:
             baselines.parse_args(flags)
         assert stopped.value.code == 2

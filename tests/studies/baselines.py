@@ -39,21 +39,23 @@ from tokenize_items import (codes_of, make_parser, number, read_catalogue, read_
 from train import MAX_GRAD_NORM, user_sequences  # noqa: E402
 
 # Letters used in shapes: B users, T items of a sequence, N items of the catalogue, D width.
-LAYERS, HEADS, BATCH, WARMUP, DEPTH = 2, 2, 64, 100, 20
+WIDTH, LAYERS, HEADS, EPOCHS, BATCH = 128, 2, 2, 20, 64             # of SASRec, chosen on validation
+LR, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.1
+DEPTH = 20                              # of the rankings, as evaluate.py's beams
 EOS = "<|endoftext|>"
 
 
 # ---- SASRec ------------------------------------------------------
 class SASRec(nn.Module):
     """A causal transformer over items, whose output layer is its item embedding."""
-    def __init__(self, num_items: int, max_history: int, width: int, dropout: float) -> None:
+    def __init__(self, num_items: int, max_history: int, dropout: float) -> None:
         super().__init__()
-        self.items = nn.Embedding(num_items, width)
-        self.positions = nn.Embedding(max_history, width)
+        self.items = nn.Embedding(num_items, WIDTH)
+        self.positions = nn.Embedding(max_history, WIDTH)
         self.dropout = nn.Dropout(dropout)
-        block = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout, "gelu", batch_first=True,
+        block = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout, "gelu", batch_first=True,
                                            norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(block, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
 
@@ -114,16 +116,15 @@ def ndcg(model: SASRec, samples: list[dict]) -> float:
     return rank_metrics(ranks, (10,))["NDCG@10"]
 
 
-def train_sasrec(model: SASRec, sequences: list[Tensor], valid: list[dict], epochs: int, lr: float,
-                 weight_decay: float) -> None:
+def train_sasrec(model: SASRec, sequences: list[Tensor], valid: list[dict], epochs: int) -> None:
     """Train, and end with the weights of the epoch with the best NDCG@10 on validation."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     steps, step, best = epochs * -(-len(sequences) // BATCH), 0, -1.0
     for epoch in range(1, epochs + 1):
         model.train()
         for batch in torch.randperm(len(sequences)).split(BATCH):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, WARMUP)
+                group["lr"] = learning_rate(step, steps, LR, WARMUP)
             loss = sequence_loss(model, [sequences[row] for row in batch])
             optimizer.zero_grad()
             loss.backward()
@@ -170,8 +171,8 @@ def run_sasrec(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
     max_history = max(len(row["history"]) for rows in splits.values() for row in rows)
     users = user_sequences(splits["train"])
     sequences = [piece for user in users for piece in pieces(user["items"], max_history)]
-    model = SASRec(len(items), max_history, args.width, args.dropout).to(device)
-    train_sasrec(model, sequences, splits["valid"], args.epochs or 20, args.lr, args.weight_decay)
+    model = SASRec(len(items), max_history, args.dropout).to(device)
+    train_sasrec(model, sequences, splits["valid"], args.epochs or EPOCHS)
     minutes, results = round((time.time() - start) / 60, 2), []
     for split in ("valid", "test"):
         facts = {"split": split, "seed": args.seed, "parameters": count_parameters(model), "minutes": minutes}
@@ -228,15 +229,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("model", choices=("sasrec", "tiger"), help="which yardstick to train")
     flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="as in evaluate.py")
-    flag("--epochs", type=number(int, 0), default=0, help="0: 20 for sasrec, train.py's preset for tiger")
-    flag("--width", type=number(int, 2), default=128, help="sasrec: D")
+    flag("--epochs", type=number(int, 0), default=0, help=f"0: {EPOCHS} for sasrec, train.py's for tiger")
     flag("--dropout", type=number(float, 0, 1), default=0.3, help="sasrec: of embeddings and blocks")
-    flag("--lr", type=number(float, 0), default=2e-3, help="sasrec: peak learning rate")
-    flag("--weight-decay", type=number(float, 0), default=0.1, help="sasrec: of all weights")
-    args = parser.parse_args(argv)
-    if args.width % HEADS:
-        parser.error(f"--width must be a multiple of {HEADS}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main() -> None:
