@@ -19,7 +19,7 @@ def arguments(out: Path, *flags: str):
 @pytest.mark.parametrize("name", [name for name in pretrained.ARMS if "normal" not in name])
 def test_every_command_is_accepted_by_its_script(name, tmp_path):
     (tmp_path / f"sft_{name}_00083.pt").touch()
-    args = arguments(tmp_path, "--comprehension", "--memory", "0.6", "--train=--lr 3e-4")
+    args = arguments(tmp_path, "--comprehension", "--along", "--memory", "0.6", "--train=--lr 3e-4")
     steps = pretrained.training_steps(name, args) | pretrained.measuring_steps(name, args)
     assert f"valid_{name}_00083" in steps and f"sid2title_{name}" in steps
     assert (f"align_{name}" in steps) == pretrained.ARMS[name].align

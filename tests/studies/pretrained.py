@@ -1,12 +1,13 @@
 """The papers' questions with a really pretrained language model: initialisations, STAR's align, TS-Align.
 
-Each arm is one way of training. All arms of a table have the same data, seed and number of updates, and differ in
-what their name says. Models are compared as in the papers, without evaluate.py's memory.
+Each arm is one way of training. All arms of a table have the same data, seed and number of updates, and
+differ in what their name says. Models are compared as in the papers, without evaluate.py's memory.
 
   gaussian, normal, mean, none, vocab, centered   how the SID rows start; trained without TS-Align
   align          the mean of the vocabulary, then STAR's align, then sft
   depth1, depth2 centered, on the first one or two levels only
   *_ts           the same start, trained with TS-Align
+  *_texts        the same start, trained with more of Title2SID and SID2Title
 
 Reads   RUN with the files of stages 1 and 2; a Hugging Face folder, --backbone
 Writes  OUT: checkpoints, figures, every script's output in log/; OUT/table.md
@@ -31,9 +32,11 @@ sys.path.insert(0, str(ROOT))
 from tokenize_items import atomic_write, make_parser, number, read_jsonl  # noqa: E402
 
 TASKS, TS_ALIGN = "sequence,title2sid:0.05", ",text2token:0.05,token2text:0.05"
-UNDERSTANDING = ",title2sid:0.3,sid2title:0.3"
+TITLES = "sequence,title2sid:0.3,sid2title:0.3"
 ALIGN_TASKS = "title2sid,name_item"         # two of STAR's six: short texts, so that a CPU can
-RECIPE = "--loss trie --epochs 3 --lr 1e-3 --batch-size 32 --warmup 25 --patience 0"
+RECIPE = ("--loss trie --epochs 2 --lr 1e-3 --warmup 20 --evals-per-epoch 2 --patience 0 --micro-tokens 512 "
+          "--save-every 44 --log-every 22")
+ALIGN_RECIPE = "--epochs 2 --batch-size 16 --lr 5e-3 --micro-tokens 512"
 STEP_FILE = re.compile(r"_(\d{5})\.pt$")
 
 
@@ -42,6 +45,7 @@ class Arm(NamedTuple):
     label: str                          # what the table calls it
     init: str                           # flags of init_embeddings.py
     tasks: str = TASKS
+    batch: int = 30                     # larger with more tasks, so that all arms have 88 updates an epoch
     align: bool = False                 # STAR's align before sft?
 
 
@@ -58,12 +62,10 @@ STARTS = {
 }
 ARMS = {
     **STARTS,
-    **{f"{name}_ts": arm._replace(label=f"{arm.label}, TS-Align", tasks=TASKS + TS_ALIGN)
+    **{f"{name}_ts": arm._replace(label=f"{arm.label}, TS-Align", tasks=TASKS + TS_ALIGN, batch=33)
        for name, arm in STARTS.items()},
-    "gaussian_texts": Arm("gaussian, titles 0.3", "--init gaussian", "sequence" + UNDERSTANDING),
-    "vocab_texts": Arm("SA-Init, vocab, titles 0.3", "--init sa --sa-norm vocab", "sequence" + UNDERSTANDING),
-    "centered_texts": Arm("SA-Init, centered, titles 0.3", "--init sa --sa-norm centered",
-                          "sequence" + UNDERSTANDING),
+    **{f"{name}_texts": arm._replace(label=f"{arm.label}, titles 0.3", tasks=TITLES, batch=46)
+       for name, arm in STARTS.items()},
 }
 
 
@@ -79,7 +81,7 @@ def training_steps(name: str, args: argparse.Namespace) -> dict[str, str]:
                                   f"--tasks {ALIGN_TASKS} {args.align}")
         start = aligned
     steps[f"sft_{name}"] = (f"train.py {common} --from {start} --out {args.out}/sft_{name}.pt --resume --keep "
-                            f"--evals-per-epoch 1 --tasks {arm.tasks} {RECIPE} {args.train}")
+                            f"--tasks {arm.tasks} --batch-size {arm.batch} {RECIPE} {args.train}")
     return steps
 
 
@@ -97,7 +99,7 @@ def measuring_steps(name: str, args: argparse.Namespace) -> dict[str, str]:
 
     final = f"--checkpoint {args.out}/sft_{name}.pt"
     steps = dict([evaluation(f"test_{name}", f"{final} --memory {args.memory} --limit {args.limit_test}")])
-    for step, path in kept_checkpoints(name, Path(args.out)):
+    for step, path in kept_checkpoints(name, Path(args.out)) if args.along else []:
         log, command = evaluation(f"valid_{name}_{step:05d}", f"--checkpoint {path} --split valid --memory 0 "
                                   f"--num-beams 10 --limit {args.limit}")
         steps[log] = command
@@ -181,11 +183,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--arms", default="gaussian,mean,none,vocab,centered,align,gaussian_ts,centered_ts",
          help=f"comma-separated; of {', '.join(ARMS)}")
     flag("--limit", type=number(int, 0), default=500, help="validation users along training; 0: all")
+    flag("--along", action="store_true", help="rank validation users with the weights of every validation")
     flag("--limit-test", type=number(int, 0), default=0, help="test users; 0: all")
     flag("--memory", type=number(float, 0, 1), default=0.0, help="as for evaluate.py, on test")
     flag("--comprehension", action="store_true", help="measure Title2SID and SID2Title, too")
     flag("--train", default="", help='more flags for train.py, as in --train="--lr 3e-4"')
-    flag("--align", default="--epochs 3 --batch-size 32 --lr 1e-2", help="flags for train.py --stage align")
+    flag("--align", default=ALIGN_RECIPE, help="flags for train.py --stage align")
     flag("--print", action="store_true", help="print the figures so far and run nothing")
     args = parser.parse_args(argv)
     args.out = args.out or f"{args.run}/pretrained"
