@@ -19,7 +19,7 @@ def arguments(out: Path, *flags: str):
 @pytest.mark.parametrize("name", [name for name in pretrained.ARMS if "normal" not in name])
 def test_every_command_is_accepted_by_its_script(name, tmp_path):
     (tmp_path / f"sft_{name}_00083.pt").touch()
-    args = arguments(tmp_path, "--comprehension", "--along", "--memory", "0.6", "--train=--lr 3e-4")
+    args = arguments(tmp_path, "--comprehension", "--along", "--train=--lr 3e-4")
     steps = pretrained.training_steps(name, args) | pretrained.measuring_steps(name, args)
     assert f"valid_{name}_00083" in steps and f"sid2title_{name}" in steps
     assert (f"align_{name}" in steps) == pretrained.ARMS[name].align
@@ -78,7 +78,7 @@ def test_table_of_logs(tmp_path, monkeypatch, capsys):
     pretrained.main()
     table = (tmp_path / "table.md").read_text().splitlines()
     assert len(table) == 3                                      # the other arms have not begun
-    assert table[2] == ("| mean of the vocabulary | 1.000 | 83: 2.500, 0.1250 / 0.0625; 166: 2.000,  /  "
+    assert table[2] == ("| mean of the vocabulary | 1.000 | 83: 2.500, 0.1250, 0.0625; 166: 2.000 "
                         "| 0.2500 | 0.1000 |  |  |  |")
     assert "mean: neighbours  <a_0> | 'tiles' 0.41" in capsys.readouterr().out
 

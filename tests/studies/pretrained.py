@@ -36,7 +36,7 @@ TITLES = "sequence,title2sid:0.3,sid2title:0.3"
 ALIGN_TASKS = "title2sid,name_item"         # two of STAR's six: short texts, so that a CPU can
 RECIPE = ("--loss trie --epochs 2 --lr 1e-3 --warmup 20 --evals-per-epoch 2 --patience 0 --micro-tokens 512 "
           "--save-every 44 --log-every 22")
-ALIGN_RECIPE = "--epochs 2 --batch-size 16 --lr 5e-3 --micro-tokens 512"
+ALIGN_RECIPE = "--epochs 1 --batch-size 16 --lr 5e-3 --micro-tokens 512"
 STEP_FILE = re.compile(r"_(\d{5})\.pt$")
 
 
@@ -93,21 +93,19 @@ def kept_checkpoints(name: str, out: Path) -> list[tuple[int, Path]]:
 
 def measuring_steps(name: str, args: argparse.Namespace) -> dict[str, str]:
     """The commands that measure a trained arm: along training on validation, at the end on test."""
-    def evaluation(log: str, flags: str) -> tuple[str, str]:
-        return log, (f"evaluate.py --run {args.run} --metrics {args.out}/{log}.jsonl "
-                     f"--predictions {args.out}/predictions.jsonl {flags}")
-
     final = f"--checkpoint {args.out}/sft_{name}.pt"
-    steps = dict([evaluation(f"test_{name}", f"{final} --memory {args.memory} --limit {args.limit_test}")])
+    flags = {f"test_{name}": f"{final} --memory 0 --limit {args.limit_test}"}
     for step, path in kept_checkpoints(name, Path(args.out)) if args.along else []:
-        log, command = evaluation(f"valid_{name}_{step:05d}", f"--checkpoint {path} --split valid --memory 0 "
-                                  f"--num-beams 10 --limit {args.limit}")
-        steps[log] = command
+        flags[f"valid_{name}_{step:05d}"] = (f"--checkpoint {path} --split valid --memory 0 --num-beams 10 "
+                                             f"--limit {args.limit}")
     if args.comprehension:
-        log, command = evaluation(f"title2sid_{name}", f"{final} --task title2sid")
-        steps |= {log: command, f"sid2title_{name}": (
-            f"tests/studies/sid2title.py --run {args.run} {final} --metrics {args.out}/sid2title_{name}.jsonl "
-            f"--limit 300 --show 5")}
+        flags[f"title2sid_{name}"] = f"{final} --task title2sid"
+    steps = {log: f"evaluate.py --run {args.run} --metrics {args.out}/{log}.jsonl "
+                  f"--predictions {args.out}/predictions.jsonl {more}" for log, more in flags.items()}
+    if args.comprehension:
+        log = f"sid2title_{name}"
+        steps[log] = (f"tests/studies/sid2title.py --run {args.run} {final} --metrics {args.out}/{log}.jsonl "
+                      "--limit 300 --show 5")
     return steps
 
 
@@ -141,14 +139,12 @@ def last_number(path: Path, pattern: str) -> str:
 
 
 def table_row(name: str, out: Path) -> list[str]:
-    """One arm: cosine of the SID rows, loss and HR@10 / NDCG@10 along training, test, Mtokens."""
-    log = out / f"sft_{name}_log.jsonl"
-    losses = {row["step"]: row["valid_loss"] for row in read_jsonl(log, {}) if "valid_loss" in row
-              } if log.exists() else {}
-    along = []
-    for step in sorted(losses):
-        hits = figure(out / f"valid_{name}_{step:05d}.jsonl", "HR@10", "NDCG@10")
-        along.append(f"{step}: {losses[step]:.3f}, {' / '.join(hits)}")
+    """One arm: cosine of the SID rows; loss, HR@10 and NDCG@10 along training; test; comprehension."""
+    log, along = out / f"sft_{name}_log.jsonl", []
+    for row in read_jsonl(log, {}) if log.exists() else []:
+        if "valid_loss" in row:
+            hits = figure(out / f"valid_{name}_{row['step']:05d}.jsonl", "HR@10", "NDCG@10")
+            along.append(", ".join(filter(None, [f"{row['step']}: {row['valid_loss']:.3f}", *hits])))
     return [ARMS[name].label, last_number(out / "log" / f"init_{name}.txt", r"mean cosine (-?[\d.]+)"),
             "; ".join(along), *figure(out / f"test_{name}.jsonl", "HR@10", "NDCG@10"),
             *figure(out / f"title2sid_{name}.jsonl", "HR@1", "HR@5"),
@@ -156,7 +152,7 @@ def table_row(name: str, out: Path) -> list[str]:
 
 
 def make_table(names: list[str], out: Path) -> str:
-    heads = ["start", "cosine", "updates: valid loss, HR@10 / NDCG@10", "test HR@10", "test NDCG@10",
+    heads = ["start", "cosine", "updates: valid loss, HR@10, NDCG@10", "test HR@10", "test NDCG@10",
              "Title2SID HR@1", "HR@5", "SID2Title F1"]
     rows = [table_row(name, out) for name in names if (out / "log" / f"init_{name}.txt").exists()]
     lines = [heads, ["---"] * len(heads), *rows]
@@ -165,12 +161,9 @@ def make_table(names: list[str], out: Path) -> str:
 
 def neighbours(names: list[str], out: Path) -> str:
     """What init_embeddings.py printed as the text tokens nearest to some SID tokens."""
-    lines = []
-    for name in names:
-        log = out / "log" / f"init_{name}.txt"
-        lines += [f"{name}: {line}" for line in log.read_text().splitlines() if line.startswith("neighbours")
-                  ] if log.exists() else []
-    return "\n".join(lines) + "\n"
+    logs = {name: out / "log" / f"init_{name}.txt" for name in names}
+    return "".join(f"{name}: {line}\n" for name, log in logs.items() if log.exists()
+                   for line in log.read_text().splitlines() if line.startswith("neighbours"))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -185,7 +178,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--limit", type=number(int, 0), default=500, help="validation users along training; 0: all")
     flag("--along", action="store_true", help="rank validation users with the weights of every validation")
     flag("--limit-test", type=number(int, 0), default=0, help="test users; 0: all")
-    flag("--memory", type=number(float, 0, 1), default=0.0, help="as for evaluate.py, on test")
     flag("--comprehension", action="store_true", help="measure Title2SID and SID2Title, too")
     flag("--train", default="", help='more flags for train.py, as in --train="--lr 3e-4"')
     flag("--align", default=ALIGN_RECIPE, help="flags for train.py --stage align")
