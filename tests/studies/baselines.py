@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from evaluate import (count_pairs, print_table, rank_metrics, rank_of, rank_results, recall,  # noqa: E402
+from evaluate import (count_pairs, measure, print_table, rank_metrics, rank_of, recall,  # noqa: E402
                       what_training_showed)
-from init_embeddings import (autocast, build_trie, check_tokens, count_parameters,  # noqa: E402
+from init_embeddings import (autocast, check_tokens, count_parameters,  # noqa: E402
                              extend_vocabulary, learning_rate, save_model, sid_digest)
 from tokenize_items import (codes_of, make_parser, number, read_catalogue, read_jsonl,  # noqa: E402
                             read_samples, set_up, write_jsonl)
@@ -153,16 +153,15 @@ def evaluate_sasrec(model: SASRec, train: list[dict], samples: list[dict], items
     """Rows of metrics.jsonl: the model alone, and with the memory."""
     start, pairs, known = time.time(), count_pairs(train), range(len(items))
     histories, rankings = [row["history"] for row in samples], {}
-    recalled = [recall(history, pairs, known, set()) for history in histories]
+    recalled = [recall(history, pairs, known) for history in histories]
     for weight in sorted({0.0, memory}):
         name = f"sasrec + memory {weight:g}" if weight else "sasrec"
         rankings[name] = rank_items(model, histories, recalled, weight)
     facts |= {"task": "next_brief", "n": len(samples), "num_beams": DEPTH, "exclude_history": False,
               "candidates": None, "seconds": round(time.time() - start, 2)}
-    codes = torch.from_numpy(codes_of(items))
-    trie = build_trie(codes, int(codes.max()) + 1, torch.device("cpu"))
-    return rank_results(facts, trie, list(known), [row["target"] for row in samples], rankings, {},
-                        what_training_showed(train, samples))
+    places = [{**item, "item_id": place} for place, item in enumerate(items)]
+    return measure(facts, places, [row["target"] for row in samples], rankings, {}, {},
+                   what_training_showed(train, samples))
 
 
 def run_sasrec(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
