@@ -50,6 +50,12 @@ def test_the_trace_is_the_search(num_beams):
         assert traced == [leaves[0].tolist(), scores[0].tolist()]
         last = [cell["q"] for cell in levels[-1]["kept"]]
         assert last == pytest.approx([math.exp(score) for score in traced[1] if score > -math.inf], abs=1e-6)
+        recalled = [{3: 0.5, 8: 0.25}]
+        leaf_of = dict(enumerate(evaluate.leaf_of_items(trie).tolist()))
+        memory = evaluate.make_memory(recalled, leaf_of, 0.6, CPU)
+        leaves, scores = evaluate.beam_search(model, trie, sid_ids, [prompt], num_beams, memory=memory)
+        _, *traced = explore.trace(model, trie, sid_ids, prompt, num_beams, codes[0], memory)
+        assert traced == [leaves[0].tolist(), scores[0].tolist()]
 
 
 def test_the_trace_by_hand():
@@ -101,9 +107,10 @@ def test_items_that_share_a_sid_and_the_memory():
     leaf = int(np.diff(trie.leaf_start).argmax())
     twins = trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]].tolist()
     assert len(twins) > 1 and len({tuple(codes[row]) for row in twins}) == 1
-    ranking = explore.rank_items([leaf, leaf], [math.log(0.25), -math.inf], trie, {twins[0]: 0.75})
+    ranking = explore.rank_items([leaf, leaf], [math.log(0.25), -math.inf], trie, {twins[0]: 0.1875})
     assert [entry["item"] for entry in ranking] == twins
-    assert [entry["memory"] for entry in ranking] == [0.75] + [None] * (len(twins) - 1)
+    assert [entry["memory"] for entry in ranking] == pytest.approx([0.75] + [0] * (len(twins) - 1))
+    assert explore.rank_items([leaf], [0.0], trie, None)[0]["memory"] is None
     assert all(entry["beam"] == 0 and entry["q"] == pytest.approx(0.25) for entry in ranking)
 
 
@@ -114,16 +121,15 @@ def page(finished_run, tmp_path_factory) -> Path:
     """A page of a run with sft.pt and another checkpoint as rl.pt, 8 users and 12 beams."""
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("page") / "shop"))
     shutil.copy(run / "init.pt", run / "rl.pt")
-    call(explore, "--run", run, "--users", 8, "--num-beams", 12)
+    call(explore, "--run", run, "--users", 8, "--num-beams", 12, "--memory", 0)
     return run / "explore.html"
 
 
 @pytest.mark.parametrize("nth, name", [(0, "sft.pt"), (1, "rl.pt")])
 def test_the_page_has_what_evaluate_finds(page, tmp_path, nth, name):
     data, run, predicted = read_page(page), page.parent, tmp_path / "predictions"
-    model_alone = ["--memory", 0] if "--memory" in Path(evaluate.__file__).read_text() else []
     call(evaluate, "--run", run, "--checkpoint", run / name, "--num-beams", 12, "--predictions", predicted,
-         "--metrics", tmp_path / "metrics", *model_alone)
+         "--metrics", tmp_path / "metrics", "--memory", 0)
     predictions = read_jsonl(predicted, {})
     items = read_catalogue(run / "items.jsonl")
     assert data["models"] == ["sft.pt", "rl.pt"] and len(data["users"]) == 8
@@ -135,6 +141,22 @@ def test_the_page_has_what_evaluate_finds(page, tmp_path, nth, name):
         assert scores == pytest.approx(wanted["scores"], abs=1e-4)
         assert found["rank"] == evaluate.rank_of(wanted["target"], wanted["items"])
         assert all(entry["memory"] is None for entry in found["ranking"])
+
+
+def test_the_page_with_the_memory_has_what_evaluate_finds(page, tmp_path):
+    run, out, predicted = page.parent, tmp_path / "page.html", tmp_path / "predictions"
+    call(explore, "--run", run, "--users", 8, "--num-beams", 12, "--out", out)
+    call(evaluate, "--run", run, "--num-beams", 12, "--predictions", predicted, "--metrics", tmp_path / "m")
+    predictions, items, shares = read_jsonl(predicted, {}), read_catalogue(run / "items.jsonl"), []
+    for n, user in enumerate(read_page(out)["users"]):
+        wanted, found = predictions[n * len(predictions) // 8], user["found"][0]
+        assert [items[entry["item"]]["item_id"] for entry in found["ranking"]] == wanted["items"]
+        scores = [math.log(entry["q"]) for entry in found["ranking"]]
+        assert scores == pytest.approx(wanted["scores"], abs=1e-4)
+        for entry in found["ranking"]:                          # the whole history's probabilities
+            assert found["without"][0][entry["beam"]] == pytest.approx(entry["q"], abs=1e-4)
+            shares.append(entry["memory"])
+    assert all(0 <= share <= 1 for share in shares) and max(shares) > 0.1
 
 
 def test_without_an_item_of_the_history(page):

@@ -1,9 +1,10 @@
 """Make one HTML page that shows why a model recommends what it does: histories, the search, ten items.
 
 For a few dozen users, the page has the history as cards, with the chosen item's probability if one of them
-were not there; ten items with the target marked, of sft.pt and rl.pt side by side where both exist; and the
-beam search level by level: what the tokens mean, their probability among their siblings, what was cut, where
-the target was lost. A click on a token shows its description, its items and the nearest words.
+were not there; ten items with the target marked and the memory's share of each, of sft.pt and rl.pt side by
+side where both exist; and the beam search level by level: what the tokens mean, their probability among their
+siblings, what was cut, where the target was lost. A click on a token shows its description, its items and the
+nearest words.
 
 Reads   RUN/items.jsonl, test.jsonl (or valid), sft.pt, rl.pt if it exists, semantics.jsonl if it exists
 Writes  the page, a single file that needs no server and makes no request
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from evaluate import Trie, build_trie, expand, follow, prefill, rank_of, read_tokens  # noqa: E402
+from evaluate import (Memory, Trie, build_trie, count_pairs, expand, follow, leaf_of_items,  # noqa: E402
+                      make_memory, prefill, rank_of, read_tokens, recall, remembered)
 from init_embeddings import check_lengths, load_model, new_items, read_semantics, sid_token_ids  # noqa: E402
 from rl import Catalogue, tree_log_probs  # noqa: E402
 from tokenize_items import (atomic_write, codes_of, make_parser, number, read_catalogue,  # noqa: E402
@@ -38,8 +41,8 @@ ITEMS_SHOWN, WORDS_SHOWN = 12, 10       # of a token
 # ---- The search, step by step --------------------------------------------------------------------
 
 @torch.no_grad()
-def trace(model, trie: Trie, sid_ids: Tensor, prompt: list[int], num_beams: int,
-          target: list[int]) -> tuple[list[dict], list[int], list[float]]:
+def trace(model, trie: Trie, sid_ids: Tensor, prompt: list[int], num_beams: int, target: list[int],
+          memory: Memory | None = None) -> tuple[list[dict], list[int], list[float]]:
     """Do what evaluate.beam_search does, and note every step; target: the codes of the wanted item.
 
     -> the levels as the page needs them; leaves and their log-probabilities as beam_search gives them.
@@ -47,7 +50,7 @@ def trace(model, trie: Trie, sid_ids: Tensor, prompt: list[int], num_beams: int,
     head, prefix = model.get_output_embeddings().weight, prefill(model, [prompt])
     hidden, best, ancestors, slots, levels = prefix.last, None, [], [], []
     nodes = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    scores, on_way = nodes.float(), nodes == 0          # on_way: is it a prefix of the target?
+    scores, before, on_way = nodes.float(), nodes.float(), nodes == 0   # on_way: a prefix of the target?
     for level, code in enumerate(target):
         if level:
             tokens = sid_ids[level - 1][trie.codes[level - 1][nodes]]           # (1, W)
@@ -56,13 +59,17 @@ def trace(model, trie: Trie, sid_ids: Tensor, prompt: list[int], num_beams: int,
             hidden = read_tokens(model, tokens, prefix, level - 1, ancestors, slots)
         logits = hidden.float() @ head[sid_ids[level]].float().T                # (1, W, K)
         children, log_probs = expand(trie, level, nodes, logits)
-        total = scores[..., None] + log_probs           # (1, W, M); a memory would be mixed in here
-        best = total.flatten(1).topk(min(num_beams, total[0].numel(), len(trie.codes[level]))).indices
+        total = mixed = scores[..., None] + log_probs   # (1, W, M)
+        if memory:
+            mass = remembered(trie, level + 1, children, memory).masked_fill(total == -torch.inf, 0)
+            mixed = torch.logaddexp((1 - memory.share).log() + total, mass.log())
+        best = mixed.flatten(1).topk(min(num_beams, total[0].numel(), len(trie.codes[level]))).indices
         codes = trie.codes[level][children]
         on_way = on_way[..., None] & (codes == code) & (total > -torch.inf)
-        levels.append(describe(level, codes[0], total[0] - scores[0, :, None], total[0], on_way[0], best[0]))
-        scores, nodes, on_way = (x.flatten(1).gather(1, best) for x in (total, children, on_way))
-    return levels, nodes[0].tolist(), scores[0].tolist()
+        levels.append(describe(level, codes[0], mixed[0] - before[0, :, None], mixed[0], on_way[0], best[0]))
+        scores, before, nodes, on_way = (x.flatten(1).gather(1, best)
+                                         for x in (total, mixed, children, on_way))
+    return levels, nodes[0].tolist(), before[0].tolist()
 
 
 def describe(level: int, codes: Tensor, among_siblings: Tensor, total: Tensor, on_way: Tensor,
@@ -83,18 +90,32 @@ def describe(level: int, codes: Tensor, among_siblings: Tensor, total: Tensor, o
             "cut": [cell(place) for place in others[:CUT_SHOWN] + lost]}
 
 
-def rank_items(leaves: list[int], scores: list[float], trie: Trie, shares: dict) -> list[dict]:
-    """The items of the leaves. shares: the memory's part of an item's probability, 0 to 1, by row."""
+def rank_items(leaves: list[int], scores: list[float], trie: Trie, masses: dict | None) -> list[dict]:
+    """The items of the leaves. masses: what the memory, if any, adds to an item's probability, by row."""
     ranking = []
     for beam, (leaf, score) in enumerate(zip(leaves, scores)):
         for row in trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]].tolist():
             if score > -math.inf:
-                ranking.append({"item": row, "beam": beam, "q": math.exp(score), "memory": shares.get(row)})
+                q = math.exp(score)
+                share = None if masses is None else min(1.0, masses.get(row, 0.0) / q)
+                ranking.append({"item": row, "beam": beam, "q": q, "memory": share})
     return ranking
 
 
-def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, device: torch.device) -> dict:
-    """Add what a checkpoint finds to each user's "found"; -> the words nearest to each SID token."""
+def mix(probabilities: list[float], leaves: list[int], masses: dict, leaf_of: dict) -> list[float]:
+    """The mixture's probabilities of the leaves. masses: lambda * p_memory by row."""
+    by_leaf, share = Counter(), sum(masses.values())
+    for row, mass in masses.items():
+        by_leaf[leaf_of[row]] += mass
+    return [(1 - share) * p + by_leaf[leaf] for p, leaf in zip(probabilities, leaves)]
+
+
+def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, pairs: dict, weight: float,
+            device: torch.device) -> dict:
+    """Add what a checkpoint finds to each user's "found"; -> the words nearest to each SID token.
+
+    pairs: evaluate.count_pairs of the training samples, by row; weight: lambda.
+    """
     model, tokenizer, checkpoint = load_model(path, device, items)
     sid, codes, unseen = checkpoint["sid"], codes_of(items), new_items(checkpoint["sid"], items)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
@@ -102,21 +123,26 @@ def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, de
                       torch.tensor([item["item_id"] in unseen for item in items]))
     task = TASKS[checkpoint["args"].get("recommends", "next")]
     template = task.instructions[0] + task.end
-    item_of = dict(enumerate(items))
+    item_of, leaf_of = dict(enumerate(items)), dict(enumerate(leaf_of_items(trie).tolist()))
     for user in tqdm(users, desc=path.name, disable=None):
         history, target = user["history"], codes[user["target"]].tolist()
         shorter = [history[:n] + history[n + 1:] for n in range(len(history)) if len(history) > 1]
         prompts = prompt_ids(tokenizer, [template.format(**history_fields(rows, item_of))
                                          for rows in (history, *shorter)])
+        recalled = [recall(rows, pairs, leaf_of) for rows in (history, *shorter)]
+        masses = [{row: weight * mass for row, mass in found.items()} for found in recalled]
+        memory = make_memory(recalled[:1], leaf_of, weight, device) if weight else None
         check_lengths(len(prompts[0]) + sid["num_levels"] - 1, model.config, in_search=True)
-        levels, leaves, scores = trace(model, trie, sid_ids, prompts[0], num_beams, target)
+        levels, leaves, scores = trace(model, trie, sid_ids, prompts[0], num_beams, target, memory)
         with torch.no_grad():           # the same SIDs by the whole history, and without one of its items
             wanted = torch.tensor(leaves, device=device).expand(len(prompts), -1)
             log_probs = tree_log_probs(model, Catalogue(trie, sid_ids, None, None), prompts, wanted).sum(-1)
-        ranking = rank_items(leaves, scores, trie, shares={})           # until there is a memory
+        without = [mix(probabilities, leaves, found, leaf_of)
+                   for probabilities, found in zip(log_probs.double().exp().tolist(), masses)]
+        ranking = rank_items(leaves, scores, trie, masses[0] if weight else None)
         user["found"].append({"levels": levels, "ranking": ranking,
                               "rank": rank_of(user["target"], [entry["item"] for entry in ranking]),
-                              "without": log_probs.exp().double().round(decimals=6).tolist()})
+                              "without": [[round(p, 6) for p in row] for row in without]})
     tokens = {token for item in items for token in item["sid"]}
     return nearest_words(model, tokenizer, int(sid_ids.min()), tokens)
 
@@ -400,6 +426,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--split", choices=("test", "valid"), default="test", help="whose histories")
     flag("--users", type=number(int, 1), default=24, help="how many, evenly spread over the split")
     flag("--num-beams", type=number(int, 1), default=20, help="W, beams of the search")
+    flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="as in evaluate.py")
     return parser.parse_args(argv)
 
 
@@ -416,10 +443,16 @@ def main() -> None:
               "target": row_of[sample["target"]], "found": []}
              for sample in (samples[n * len(samples) // count] for n in range(count))]
     names = [name for name in ("sft.pt", "rl.pt") if name == "sft.pt" or (run / name).exists()]
-    words = [explain(run / name, users, items, args.num_beams, device) for name in names][0]
+    train = []
+    for sample in read_samples(run / "train.jsonl", set(row_of)):
+        history = [row_of[item_id] for item_id in sample["history"]]
+        train.append({"history": history, "target": row_of[sample["target"]]})
+    pairs = count_pairs(train) if args.memory else {}
+    words = [explain(run / name, users, items, args.num_beams, pairs, args.memory, device)
+             for name in names][0]
     tokens, shown = gather(users, items, meanings, words)
     about = (f"{run.resolve().name}: {len(items)} items, {args.num_beams} beams, {count} {args.split} users. "
-             "★ is the target, which the user took next.")
+             f"★ is the target, which the user took next. The memory's weight is {args.memory:g}.")
     data = {"about": about, "models": names, "users": users, "tokens": tokens, "items": shown}
     page = PAGE.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))   # no tag in it ends the script
     out = Path(args.out or run / "explore.html")
