@@ -46,9 +46,9 @@ def decode_texts(model, prompts: list[list[int]], num_beams: int, max_tokens: in
     texts: Tensor = prefix.lengths.new_zeros(len(prompts), 1, 0)                     # (B, W, step)
     only_eos = torch.where(torch.arange(len(head), device=model.device) == eos, 0.0, -torch.inf)
     for step in range(max_tokens):
-        log_probs = (hidden.float() @ head.float().T).log_softmax(-1)                # (B, W, V)
+        log_probs = (hidden.to(head.dtype) @ head.T).float().log_softmax(-1)         # (B, W, V)
         if step:
-            log_probs[texts[..., -1] == eos] = only_eos
+            log_probs = torch.where((texts[..., -1] == eos)[..., None], only_eos, log_probs)
         total = (scores[..., None] + log_probs).flatten(1)
         scores, best = total.topk(min(num_beams, total.shape[1]))
         parent, token = best // len(head), best % len(head)                          # (B, W)
