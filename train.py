@@ -349,13 +349,13 @@ def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
         data["queries"] = read_queries(run / "queries.jsonl", known, "train")
     return data
 
-def show_task(tokenizer, name: str, examples: list[Example], size: int) -> None:
-    """Print a task's size and its first example, its supervised tokens in >> and <<."""
+def show_task(tokenizer, name: str, examples: list[Example], size: int, share: float) -> None:
+    """Print a task's size and first example, its supervised tokens in >> and <<."""
     tokens = sum(len(e.ids) for e in examples)
     supervised = sum(len(e.ids) - e.start for e in examples)
     first = examples[0]
     print(f"task {name} | {len(examples)} examples, {size} an epoch | {tokens} tokens | {supervised} of them "
-          f"supervised, with weight {first.weight:.3g}")
+          f"supervised | {share:.1%} of the loss")
     prompt, response = tokenizer.decode(first.ids[:first.start]), tokenizer.decode(first.ids[first.start:])
     print(f"example | {prompt + '>>' + response + '<<'!r}")
 
@@ -437,7 +437,8 @@ def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
         valid = make_examples(tokenizer, args.recommends, {**data, "samples": samples}, 0, "", leaf_of)
     examples, sizes = weigh(examples, args.tasks)
     for name, rows in examples.items():
-        show_task(tokenizer, name, rows, sizes[name])
+        share = args.tasks[name] / sum(args.tasks[n] for n in examples)
+        show_task(tokenizer, name, rows, sizes[name], share)
     return examples, sizes, valid
 
 def main() -> None:
