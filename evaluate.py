@@ -19,9 +19,9 @@ Writes  RUN/metrics.jsonl (appended), predictions.jsonl
 
 Differs from the papers
   1. A hit is the target item. The papers count a hit if the SID matches: the line with level "sid".
-  2. The memory; --memory 0 is the papers' system. Counts stand in the same table.
+  2. The memory; --memory 0 is the papers' system. Counts alone are in the table.
   3. Probabilities are normalised over the trie's children at each level.
-  4. Items that were never a target in training count as the average of their siblings.
+  4. Items added later, and never a target yet, count as the average of their siblings.
 
 Examples
   python evaluate.py --show 3            # three test users in words
@@ -60,7 +60,7 @@ EXPORTED = """# A recommender that generates semantic IDs (SIDs)
 Load it with AutoModelForCausalLM and AutoTokenizer, or serve this folder with any engine for such models.
 A prompt is plain text, without a chat template:
 
-    {prompt}
+    {prompt!r}
 
 The answer is {levels} tokens, the SID of the next item; sids.jsonl says which item that is. Without a
 constraint the model can generate a SID that no item has: give the engine the SIDs as its list of choices.
@@ -72,7 +72,7 @@ SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 def count_pairs(samples: list[dict]) -> dict:
     """Skip-gram counts as shares n / (total + 10): item_id -> {item_id: share}.
 
-    Each item of a sample's history is a pair with the target. It counts 0.5 ** (steps between them), the
+    Each item of a sample's history is a pair with the target. It counts 0.5 ** (items between them), the
     reverse pair half as much. Samples that continue each other count each pair of a sequence once.
     """
     counts: defaultdict = defaultdict(Counter)
@@ -80,10 +80,10 @@ def count_pairs(samples: list[dict]) -> dict:
         for steps, item_id in enumerate(sample["history"][:-MEMORY_STEPS - 1:-1]):
             counts[item_id][sample["target"]] += MEMORY_DECAY ** steps
             counts[sample["target"]][item_id] += MEMORY_REVERSE * MEMORY_DECAY ** steps
-    pairs = {}
     for item_id, row in counts.items():
-        pairs[item_id] = {other: n / (row.total() + MEMORY_PRIOR) for other, n in row.items()}
-    return pairs
+        total = row.total() + MEMORY_PRIOR
+        counts[item_id] = {other: n / total for other, n in row.items()}
+    return dict(counts)
 
 def recall(history: list, pairs: dict, known) -> dict:
     """p_memory(item | history) of the known items, most likely first; sums to at most 1.
@@ -189,8 +189,8 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
                 memory: Memory | None = None) -> tuple[Tensor, Tensor]:
     """The best SIDs of each prompt; -> leaves (B, W), their log-probabilities (B, W), best first.
 
-    L forward passes: the prompts, then one per further level. Scores of -inf at the end are not results:
-    there were fewer SIDs than beams.
+    L forward passes: the prompts, then one per further level. W is less than `num_beams` if there are
+    fewer SIDs.
     sample, a generator: draw distinct SIDs without replacement from the policy, in the order of the draws.
     memory: a prefix has the probability (1 - lambda m) p_LM + lambda p_memory, and so has each SID.
     """
@@ -247,7 +247,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
             for leaf, score in zip(leaves, scores):
                 rows = trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]
                 items = [item_ids[row] for row in rows if item_ids[row] not in skip[user]]
-                if items and score > -math.inf and len(ranking.leaves) < num_beams:
+                if items and len(ranking.leaves) < num_beams:
                     ranking.items.extend(items)
                     ranking.scores.extend([score] * len(items))
                     ranking.leaves.append(leaf)
@@ -303,7 +303,7 @@ def what_training_showed(train: list[dict], samples: list[dict]) -> list[str]:
     return kinds
 
 def hits_by_kind(ranks: list[int | None], kinds: list[str]) -> dict[str, dict]:
-    """The figures of each kind of target."""
+    """HR and NDCG at 1 and 10 by kind of target."""
     found = {}
     for kind in sorted(set(kinds), key=KINDS.index):
         of_kind = [rank for rank, k in zip(ranks, kinds) if k == kind]
@@ -341,7 +341,7 @@ def print_table(rows: list[dict]) -> None:
 
 def print_details(rows: list[dict]) -> None:
     """HR@1 / HR@10 by what training has shown of the target; how often the best codes are right."""
-    heads = "".join(f"{row['method'][-18:]:>20}" for row in rows)
+    heads = "".join(f"{row['method'][-19:]:>20}" for row in rows)
     print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}{heads}")
     for kind, first in rows[0]["kinds"].items():
         hits = [f"{row['kinds'][kind]['HR@1']:.3f} / {row['kinds'][kind]['HR@10']:.3f}" for row in rows]
@@ -392,7 +392,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "device")
     flag = parser.add_argument
     flag("--checkpoint", help="instead of RUN/sft.pt")
-    flag("--task", choices=SID_TASKS, help="default: what the checkpoint recommends by")
+    flag("--task", choices=SID_TASKS, help="default: the task of the checkpoint")
     flag("--split", choices=("test", "valid"), default="test", help="which samples to rank")
     flag("--metrics", help="instead of RUN/metrics.jsonl")
     flag("--predictions", help="instead of RUN/predictions.jsonl")
@@ -482,7 +482,7 @@ def main() -> None:
                       torch.tensor([item_id in unseen for item_id in item_ids]))
     num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
     start, found = time.time(), {}
-    for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):
+    for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # below: the last
         name = f"{path.name} + memory {weight:g}" if weight else path.name
         found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,
                                             args.batch_tokens, skip, recalled, weight)
@@ -517,7 +517,7 @@ def main() -> None:
     write_jsonl(out, predictions)
     write_jsonl(metrics, (read_jsonl(metrics, {}) if Path(metrics).exists() else []) + results)
     print(f"{len(rows)} examples of {task} | {len(candidates)} items | {num_beams} beams | "
-          f"device {device} | {seconds:.1f} s, {len(rows) / seconds:.0f} per second")
+          f"device {device} | {seconds:.1f} s, {len(found) * len(rows) / seconds:.0f} per second")
     print_table(results)
     print_details([row for row in results if row["level"] == "item"])
     print(f"wrote {metrics}, {out}")

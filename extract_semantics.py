@@ -292,7 +292,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
                 name = waiting.get_nowait()
                 try:
                     arrived.put((name, ask(session, url, model, questions[name])))
-                except (requests.RequestException, OSError, ValueError) as error:
+                except Exception as error:  # or `arrived.get()` waits for ever
                     arrived.put((name, error))
     for _ in range(workers):  # daemons do not keep a stopped script alive
         threading.Thread(target=work, daemon=True).start()
@@ -308,7 +308,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
                 answers[name] = answer
                 file.write(json.dumps({"key": keys[name], "answer": answer}) + "\n")
                 file.flush()
-    except (requests.RequestException, KeyboardInterrupt) as error:
+    except (OSError, ValueError, KeyboardInterrupt) as error:
         waiting.queue.clear()
         reason = (str(error).replace(key, "***") if key else str(error)) or "interrupted"
         stop(f"{url}: {reason[:300]}; the answers so far are in {cache_path}, run it again")
@@ -325,7 +325,7 @@ def read_semantics(path: str | Path, items: list[dict]) -> list[dict]:
     for row in rows:
         strangers = [i for i in row.get("sampled") or [] if row["token"] not in sid_of.get(i, [])]
         if row["token"] not in used or strangers:
-            stop(f"{path}: {row['token']} is of other SIDs than items.jsonl; run extract_semantics.py again")
+            stop(f"{path}: {row['token']} does not fit items.jsonl; run extract_semantics.py again")
     return rows
 
 def read_queries(path: Path, known: set, split: str) -> list[dict]:

@@ -14,8 +14,8 @@ Writes  RUN/init.pt: config, tokenizer, weights and SID vocabulary in one file
 Differs from the paper
   1. `--backbone tiny` (default) builds a small Qwen2-shaped LM and pretrains it on the item texts.
   2. `--sa-norm`: none is eq. 9 as printed. vocab rescales each row to the vocabulary's average norm, as
-     the authors' code does. centered (default) first subtracts what all SA rows have in common:
-     e_s <- mu + (e_s - mean_s e_s), at the mean |e_v - mu|.
+     the authors' code does. centered (default) moves the SA rows' mean to the text rows' mean, and each
+     row to their average distance from it.
   3. An untied LM head is initialised in the same way, from its own rows.
 
 Examples
@@ -52,7 +52,7 @@ from tokenize_items import (
 PRETRAIN_WINDOW, PRETRAIN_BATCH, PRETRAIN_LR = 128, 16, 2e-3
 NORMAL_STD = 0.02                    # of new rows in Hugging Face's models
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # STAR, A.4
-NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep")  # flags that --resume may change
+NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep", "micro_tokens")  # by --resume
 # The tiny BPE sees this text too, or prompts would be spelled by letters.
 PROMPT_ENGLISH = (
     "The user bought. Which item has the title? What is the title of item? Identify the specific SID token "
@@ -141,7 +141,7 @@ def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)
     window, losses = min(PRETRAIN_WINDOW, len(tokens) - 1), []
-    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")  # its backward is slow there
+    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")  # slow backward on a CPU
     model.train()
     for _ in tqdm(range(steps), desc="pretrain", unit="step", disable=None):
         starts = torch.randint(len(tokens) - window, (PRETRAIN_BATCH, 1), generator=generator)
@@ -261,7 +261,7 @@ def update_sid(sid: dict, items: list[dict], targets: set) -> dict:
     return {**sid, "num_items": len(items), "digest": sid_digest(items), "new_items": still_new}
 
 def tied_names(model) -> set[str]:
-    """The names of parameters that are another parameter's."""
+    """The names of parameters that share another's tensor."""
     once = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
 
@@ -284,7 +284,7 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
         if sid_digest(known) != sid["digest"] or codes_of(items).max() >= sid["codebook_size"]:
             stop(f"{path} was made for another catalogue, with other SIDs; run init_embeddings.py again, "
                  "or name the run it belongs to")
-    config["pad_token_id"] = None  # no row of the embedding is special
+    config["pad_token_id"] = None  # or its embedding row never trains
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -304,7 +304,7 @@ def load_tokenizer(text: str, special: dict) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
 
 def autocast(device: torch.device, precision: str):
-    """bf16 arithmetic over float32 weights; "fast": where the hardware has it, "cuda": only there."""
+    """bf16 arithmetic over float32 weights; "fast": where it is native, "cuda": on GPUs alone."""
     on_cuda = device.type == "cuda"
     on_cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # not in torch 2.11
     enabled = {"bfloat16": True, "fast": on_cuda or on_cpu, "cuda": on_cuda, "float32": False}[precision]
@@ -380,8 +380,8 @@ def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
     """Give new children the mean probability of their old siblings; logits, new (B, W, M).
 
-    The model has learned that a code which no item had never follows its prefix, so by its own scores it
-    never recommends an item that joined later.
+    The model has never seen a new item's code follow its prefix. By its own scores it would almost never
+    recommend that item.
     """
     old = logits.masked_fill(new, -torch.inf)
     count = (old > -torch.inf).sum(-1, keepdim=True)
@@ -402,7 +402,7 @@ def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor) -> tuple[Tenso
     return children, logits.log_softmax(-1)
 
 def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -> Tensor:
-    """Log-probability of the next node of paths among its siblings; logits (B, 1 or G, K) -> (B, G).
+    """Log-probability of each path's next node among siblings; logits (B, 1 or G, K) -> (B, G).
 
     path: from `trie_paths`, L times (B, G).
     """
@@ -415,7 +415,7 @@ def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -
 def join_processes(device_name: str, seed: int) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes, of torchrun if any. Only rank 0 prints."""
     device = set_up(device_name, seed)
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # its backward is slow there
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # slow backward on a CPU
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
@@ -435,7 +435,7 @@ def leave_processes(interrupted: bool) -> None:
         sys.exit(130)
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes; the tensor itself if there is only one."""
+    """Sum a tensor over all processes, in place; -> the same tensor."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -496,7 +496,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--out", help="checkpoint to write, instead of RUN/init.pt")
     flag("--init", choices=("sa", "mean", "gaussian", "normal"), default="sa",
          help="mean of the keywords (eq. 9), mean or Gaussian of the vocabulary, or N(0, 0.02^2)")
-    flag("--sa-depth", type=number(int, 0, 9), default=8, help="SA-Init on so many levels, gaussian below")
+    flag("--sa-depth", type=number(int, 0, 9), default=8, help="levels with SA-Init, the rest gaussian")
     flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="see the docstring")
     flag("--backbone", default="tiny", help="tiny, or a causal LM: Hugging Face name, folder, or checkpoint")
     flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")
@@ -547,7 +547,7 @@ def main() -> None:
                             args.sa_depth, args.seed)
         with torch.no_grad():
             weight[sid_ids.to(device)] = rows.to(weight)
-        print(f"{name} | {sid_ids.numel()} SID rows by {args.init}, {len(keyword_ids)} with keywords | "
+        print(f"{name} | {sid_ids.numel()} SID rows by {args.init}, {len(keyword_ids)} have keywords | "
               f"mean norm {rows.norm(dim=-1).mean():.3f}, of text rows {text_rows.norm(dim=1).mean():.3f} | "
               f"mean cosine {mean_cosine(rows.flatten(0, 1)):.3f}")
     show_neighbours(model, tokenizer, sid_ids, used)

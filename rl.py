@@ -228,7 +228,7 @@ def show(row: dict, names) -> str:
 
 # ---- Data --------------------------------------------------------
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
-    """The trie of the items; those that were never a target are averaged."""
+    """The trie; new items that were never a target are averaged."""
     unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
     new = torch.tensor([item["item_id"] in unseen for item in items])
     trie = build_trie(codes, sid["codebook_size"], device, new)
@@ -255,9 +255,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/sft.pt")
     flag("--out", help="checkpoint to write, instead of RUN/rl.pt")
-    flag("--resume", action="store_true", help="continue an interrupted run")
+    flag("--resume", action="store_true", help="continue a run if it was interrupted")
     flag("--tasks", type=lambda text: list(parse_weights(text, SID_TASKS, "task with an item's SID")),
-         help="whose prompts; default: the checkpoint's")
+         help="default: the checkpoint's; no shares")
     flag("--reward", type=lambda text: parse_weights(text, REWARDS, "reward"), default="hit:1",
          help=f"weighted sum of {', '.join(REWARDS)}")
     flag("--rollout", choices=("beam", "sample"), default="beam", help="draws are without replacement")
@@ -290,7 +290,7 @@ def main() -> None:
     args.recommends = checkpoint["args"].get("recommends", "next")  # to validate by
     args.tasks = args.tasks or [args.recommends]
 
-    # Data: each prompt has its own target; valid.jsonl is only read to validate
+    # Data; valid.jsonl is only read to validate
     data = read_data(run, items, args.tasks)
     sid = update_sid(checkpoint["sid"], items, {sample["target"] for sample in data.get("samples", ())})
     catalogue = load_catalogue(items, tokenizer, sid, device)

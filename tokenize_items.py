@@ -16,8 +16,8 @@ Differs from the papers
   2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any (`random`).
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
   4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates than STAR.
-  5. `--collision sinkhorn` spreads a prefix's colliding items together, LC-Rec those of one SID, also in
-     training. What still collides moves as in `nearest`.
+  5. `--collision sinkhorn` spreads all colliding items of a prefix at once; LC-Rec does so for each SID,
+     also in training. What still collides moves as in `nearest`.
 
 Examples
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial
@@ -47,10 +47,10 @@ LEVELS = "abcdefgh"  # level 0 is spelled <a_12>, level 1 <b_12>, ...
 ID = (int, str)      # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
-MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens read of an item, at a time
+MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens of an item, of a batch
 KMEANS_ITERATIONS = 100             # at most, per level
 DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
-RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # of its codes; weight of the commitment (TIGER)
+RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # width of its codes; commitment weight (TIGER)
 RQVAE_UPDATES, RQVAE_BATCH, RQVAE_LR, RQVAE_RESTART = 6000, 128, 2e-3, 100
 SINKHORN_ROUNDS, SINKHORN_STEPS, SINKHORN_EPSILON = 20, 50, 0.0015  # LC-Rec: 0.003 of half the range
 DEMO = Path(__file__).parent / "tests" / "demo"
@@ -97,7 +97,7 @@ def encode_hf(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_pretrained(AutoModel, encoder["name"], dtype=dtype)
     model.to(device)
-    max_length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", math.inf))
+    max_length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", 0) or MAX_LENGTH)
     ids = tokenizer(texts, truncation=True, max_length=max_length).input_ids
     vectors = torch.empty(len(texts), model.config.hidden_size)
     for rows in tqdm(length_batches(list(map(len, ids)), BATCH_TOKENS), desc="encode", disable=None):
@@ -115,7 +115,7 @@ def encode_hf(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
 def fit_pca(x: Tensor, dim: int) -> dict:
     """The mean (D,) and the leading principal axes (D, dim) of x (N, D)."""
     if dim > min(x.shape):
-        stop(f"--dim {dim} is more than the {min(x.shape)} dimensions of the vectors")
+        stop(f"--dim {dim} is more than {min(x.shape)}, the items or dimensions")
     mean = x.mean(0)
     axes = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.flip(1)  # largest first
     return {"pca_mean": mean, "pca_axes": axes[:, :dim].contiguous()}
@@ -226,8 +226,8 @@ def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Te
     return ((x - mlp(straight_through, decoder)) ** 2).sum(1).mean() + commitment.sum((1, 2)).mean()
 
 def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, list]:
-    """Train it from He's weights; (N, D) -> codebooks (L, K, RQVAE_WIDTH), the encoder's layers."""
-    top = min(1024, 4 * x.shape[1])  # STAR: 1024 for 1024; LSA's 128 get TIGER's 512
+    """Train an RQ-VAE, He initialised; (N, D) -> codebooks (L, K, RQVAE_WIDTH), encoder layers."""
+    top = min(1024, 4 * x.shape[1])  # D 1024: 1024 (STAR); LSA's 128: 512 (TIGER)
     widths = [x.shape[1], top, top // 2, top // 4, RQVAE_WIDTH]
     pairs = list(zip(widths, widths[1:]))
     encoder = [(torch.randn(b, a).to(x) * (2 / a) ** 0.5, x.new_zeros(b)) for a, b in pairs]
@@ -252,7 +252,7 @@ def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, li
 # ---- Collisions --------------------------------------------------
 def transport_plan(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Sinkhorn-Knopp: rows sum to 1 / N, columns to 1 / K; (N, D), (K, D) -> (N, K)."""
-    cost = -x.astype(float) @ centroids.T  # || x - c ||^2 gives the same plan
+    cost = -x.astype(float) @ centroids.T  # |x|^2 and |c|^2 would cancel out
     plan = np.exp((cost.min() - cost) / max(SINKHORN_EPSILON * np.ptp(cost), 1e-30))
     for _ in range(SINKHORN_STEPS):
         plan /= len(centroids) * plan.sum(0)
@@ -264,7 +264,7 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
     """Give all but one item of each shared SID another last code; (N, L), (N, D), (K, D) -> (N, L).
 
     The item nearest to its centroid keeps the SID. The others get the free code nearest to their residual,
-    or any ("random": TS-Rec, footnote 1). "sinkhorn" first spreads all items that share a SID, as LC-Rec.
+    or any ("random": TS-Rec, footnote 1). "sinkhorn" first spreads a prefix's items that share a SID.
     The first `num_fixed` rows never move.
     """
     codes = codes.copy()
@@ -277,7 +277,7 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
         for _ in range(SINKHORN_ROUNDS if policy == "sinkhorn" else 0):
             shared = np.bincount(codes[rows, -1])[codes[rows, -1]] > 1
             movers = rows[shared & (rows >= num_fixed)]
-            if len(movers):
+            if len(movers) > 1:
                 codes[movers, -1] = transport_plan(residuals[movers], centroids).argmax(1)
         distance = ((residuals[rows] - centroids[codes[rows, -1]]) ** 2).sum(1)
         rows = rows[np.lexsort((distance, rows >= num_fixed))]  # older items first, then the nearest
@@ -297,7 +297,7 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
     return codes
 
 def count_collisions(codes: np.ndarray) -> int:
-    """How many items are beyond the first on their SID."""
+    """How many items have the SID of an earlier item."""
     return len(codes) - len(np.unique(codes, axis=0))
 
 def assign_sids(items: list[dict], x: Tensor, codebooks: Tensor, policy: str, seed: int,
@@ -309,7 +309,7 @@ def assign_sids(items: list[dict], x: Tensor, codebooks: Tensor, policy: str, se
         residuals = np.pad(residuals, ((len(old_items), 0), (0, 0)))
     unique = resolve_collisions(codes, residuals, codebooks[-1].cpu().numpy(), policy, seed, len(old_items))
     print(f"collisions {count_collisions(codes)} of {len(codes)} items before, "
-          f"{count_collisions(unique)} after ({policy} free last code)")
+          f"{count_collisions(unique)} after (--collision {policy})")
     for item, row in zip(items, unique[len(old_items):].tolist()):
         item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
 
@@ -379,7 +379,7 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
         stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it")
     except (ValueError, RecursionError) as error:  # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
-    if not rows:
+    if not rows and fields:
         stop(f"{path}: is empty; it needs at least one object with {', '.join(fields)}")
     return rows
 
@@ -533,7 +533,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num-levels", type=number(int, 2, len(LEVELS) + 1), default=3, help="L, codes per item")
     flag("--codebook-size", type=number(int, 0), default=0, help="K, codes per level; 0: up to 256")
     flag("--quantizer", choices=("kmeans", "rqvae"), default="kmeans", help="STAR: rqvae")
-    flag("--collision", choices=("nearest", "random", "sinkhorn"), default="nearest", help="other last codes")
+    flag("--collision", choices=("nearest", "random", "sinkhorn"), default="nearest", help="which free code")
     flag("--split", choices=("official", "leave-one-out", "chronological"), help="default: what DATA has")
     flag("--max-history", type=number(int, 1), default=10, help="most recent items of a history; STAR: 20")
     return parser.parse_args(argv)
@@ -576,7 +576,7 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: 256, or a power of two with enough last codes per prefix
+        # Default: N / 12 (or N / 4, up to 32), 8 to 256, as a power of two
         k = args.codebook_size or 1 << max(8, min(32, n // 4), min(256, n // 12)).bit_length() - 1
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":

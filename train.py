@@ -12,7 +12,7 @@ Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; R
 Differs from the papers
   1. The loss is a weighted mean over a batch's supervised tokens: every task has its share (`--tasks`).
   2. A text response ends with EOS. A SID does not: its length is fixed.
-  3. The tiny backbone has its own settings and tasks, see PRESETS. `--loss trie` is that of the search.
+  3. The tiny backbone has its own settings and tasks, see PRESETS. `--loss trie`: as the search scores.
   4. Prompts are plain lines; STAR's are chat messages. --lora is not quantised; STAR's has 4 bits.
   5. --stage align validates on 5 % of its examples and does not train on them.
 
@@ -46,7 +46,7 @@ from tokenize_items import (
 DESCRIPTION_WORDS = 100  # of a description in a prompt
 MAX_SEQUENCE = 50        # items in one example of `sequence`
 PAIRS_PER_ITEM = 5       # examples of `similar`
-HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0  # of --stage align's examples; of the gradient
+HELD_OUT_EVERY, MAX_GRAD_NORM = 20, 1.0  # 1 in 20 validates align; gradient clipping
 
 class Task(NamedTuple):
     """One task: its data, its templates (one is drawn for each example), its response."""
@@ -90,7 +90,7 @@ TASKS = {  # TS-Rec, A.2; from description2sid on STAR, A.2; the last three: our
         "search intent.",
         "Based on the user's current query {query}, please generate an item that matches the user's "
         "intent."), "{sid}"),
-    # sequence supervises every item but the first, in the token ids of next_brief
+    # sequence trains all items but the first, with the token ids of next_brief
     "next_brief": Task("samples", ("The user bought {items}",), "{sid}", end=""),
     "sequence": Task("users", ("The user bought {first}",), "{rest}", end=""),
     "similar": Task("pairs", ("The user bought {first}",), "{rest}", end=""),
@@ -227,8 +227,8 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
 def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[str, int]]:
     """Give each task its share of the loss; -> weighed examples, and how many an epoch takes.
 
-    An epoch takes all examples of the tasks with the largest share, of others in proportion: their cost
-    is their share. Weights make up for long and short responses.
+    An epoch takes all examples of the tasks with the largest share. The others give fewer, in proportion
+    to their share. Weights even out long and short responses.
     """
     most = max(shares[name] for name in examples)
     largest = max(len(rows) for name, rows in examples.items() if shares[name] == most)
@@ -243,7 +243,7 @@ def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[
     return examples, sizes
 
 def epoch_batches(examples: Examples, sizes: dict, batch_size: int, seed: str) -> list[list[Example]]:
-    """So many examples of each task, shuffled, in batches."""
+    """Draw `sizes` examples by task, shuffled, in batches."""
     rng = random.Random(seed)
     order = [e for name, rows in examples.items() for e in rng.sample(rows, sizes[name])]
     rng.shuffle(order)
@@ -376,7 +376,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--stage", choices=("align", "sft"), default="sft", help="align: only the SID rows train (STAR)")
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
     flag("--out", help="checkpoint to write, instead of RUN/align.pt or RUN/sft.pt")
-    flag("--resume", action="store_true", help="continue an interrupted run")
+    flag("--resume", action="store_true", help="continue a run if it was interrupted")
     # The defaults of the next ten depend on backbone and stage, see PRESETS
     flag("--tasks", type=lambda text: parse_weights(text, TASKS, "task"), metavar="NAME,NAME:SHARE",
          help=f"tasks and their shares of the loss; of {', '.join(TASKS)}")

@@ -42,7 +42,7 @@ LIGHT_SCRIPTS = {*(f"{name}.py" for name in STAGES), "tests/studies/sid2title.py
 SMALL = {"tokenize_items": ["--codebook-size", 8], "train": ["--epochs", 1, "--warmup", 2],
          "init_embeddings": ["--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 5],
          "rl": ["--group-size", 4, "--eval-users", 5], "sid2title": ["--limit", 5]}
-PLACEHOLDERS = r"\b(?:TIME|DEMO|IND)_[A-Z0-9_]+\b"
+PLACEHOLDERS = r"\b(?:TIME|DEMO|IND|HALF|FIRST)_[A-Z0-9_]+\b"
 
 
 def blocks_of(page: str) -> list[tuple[str, str]]:
@@ -132,7 +132,9 @@ def shop(finished_run, toy_data, tmp_path_factory) -> Path:
     run = shutil.copytree(finished_run, folder / "run")
     for name in ("align", "init_mean"):
         shutil.copy(run / "init.pt", run / f"{name}.pt")
-    shutil.copy(run / "sft.pt", run / "rl.pt")
+    for name in ("rl", "sft_new"):
+        shutil.copy(run / "sft.pt", run / f"{name}.pt")
+    shutil.copy(run / "init.pt", run / "init_new.pt")
     call(extract_semantics, "--run", run, "--queries", 2)
     shutil.copytree(toy_data, run / "data")
     write_lines(folder / "in_stock.jsonl", [{"item_id": 1}, {"item_id": 12}])
