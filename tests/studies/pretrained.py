@@ -34,8 +34,8 @@ from tokenize_items import atomic_write, make_parser, number, read_jsonl  # noqa
 TASKS, TS_ALIGN = "sequence,title2sid:0.05", ",text2token:0.05,token2text:0.05"
 TITLES = "title2sid,sid2title"            # what the items are called, and nothing about users
 ALIGN_TASKS = "title2sid,name_item"         # two of STAR's six: short texts, so that a CPU can
-RECIPE = ("--loss trie --epochs 2 --lr 1e-3 --warmup 20 --evals-per-epoch 2 --patience 0 --micro-tokens 512 "
-          "--save-every 44 --log-every 22")
+RECIPE = ("--loss trie --epochs 2 --lr 1e-3 --warmup 20 --dropout 0 --evals-per-epoch 2 --patience 0 "
+          "--micro-tokens 512 --save-every 44 --log-every 22")
 ALIGN_RECIPE = "--epochs 1 --batch-size 16 --lr 5e-3 --micro-tokens 512"
 STEP_FILE = re.compile(r"_(\d{5})\.pt$")
 
