@@ -290,10 +290,10 @@ def yardsticks(train: list[dict], samples: list[dict], item_ids: list, skip: lis
             rankings[name].append(ranked[:depth])
     return rankings
 
-def what_training_showed(train: list[dict], samples: list[dict]) -> list[str]:
+def what_training_showed(train: list[dict], pairs: dict, samples: list[dict]) -> list[str]:
     """For each sample one of KINDS: what a count of train.jsonl can know of its target."""
     adjacent = {(sample["history"][-1], sample["target"]) for sample in train}
-    pairs, seen = count_pairs(train), {i for sample in train for i in (*sample["history"], sample["target"])}
+    seen = {i for sample in train for i in (*sample["history"], sample["target"])}
     kinds = []
     for sample in samples:
         history, target = sample["history"], sample["target"]
@@ -470,9 +470,9 @@ def main() -> None:
     train, recalled = [], [{}] * len(rows)
     if "history" in rows[0]:
         train = read_samples(run / "train.jsonl", set(item_of))
-        counted = read_samples(args.memory_from, set(item_of)) if args.memory_from else train
-        pairs, known = count_pairs(counted), set(item_ids)
-        recalled = [recall(row["history"], pairs, known) for row in rows]
+        counts, known = count_pairs(train), set(item_ids)
+        counted = count_pairs(read_samples(args.memory_from, set(item_of))) if args.memory_from else counts
+        recalled = [recall(row["history"], counted, known) for row in rows]
 
     # The search
     if device.type == "cuda":
@@ -503,7 +503,7 @@ def main() -> None:
     # Figures
     ranked = {method: [ranking.items for ranking in found[method]] for method in found}
     leaves = {method: [ranking.leaves for ranking in found[method]] for method in found}
-    kinds = what_training_showed(train, rows) if train else []
+    kinds = what_training_showed(train, counts, rows) if train else []
     if train:
         ranked = yardsticks(train, rows, item_ids, skip, recalled, num_beams) | ranked
     split = args.split if TASKS[task].source == "samples" else "test"

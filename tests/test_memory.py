@@ -168,7 +168,8 @@ def test_kinds_by_hand():
     train = samples_of([list("abcd"), list("ef")])
     history = ["a", "b"]
     for target, kind in zip("acdfx", evaluate.KINDS):
-        assert what_training_showed(train, [{"history": history, "target": target}]) == [kind]
+        samples = [{"history": history, "target": target}]
+        assert what_training_showed(train, count_pairs(train), samples) == [kind]
 
 
 def test_hits_by_level_by_hand():

@@ -161,7 +161,7 @@ def evaluate_sasrec(model: SASRec, train: list[dict], samples: list[dict], items
               "candidates": None, "seconds": round(time.time() - start, 2)}
     places = [{**item, "item_id": place} for place, item in enumerate(items)]
     return measure(facts, places, [row["target"] for row in samples], rankings, {}, {},
-                   what_training_showed(train, samples))
+                   what_training_showed(train, pairs, samples))
 
 
 def run_sasrec(args: argparse.Namespace, run: Path, items: list[dict]) -> None:
