@@ -292,7 +292,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
                 name = waiting.get_nowait()
                 try:
                     arrived.put((name, ask(session, url, model, questions[name])))
-                except Exception as error:  # or `arrived.get()` waits for ever
+                except Exception as error:  # the main thread raises it
                     arrived.put((name, error))
     for _ in range(workers):  # daemons do not keep a stopped script alive
         threading.Thread(target=work, daemon=True).start()
