@@ -2,6 +2,7 @@
 import importlib
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import ROOT, assert_stops, call, write_lines
 
 sys.path[:0] = [str(ROOT / "tests" / "studies")]
 import reproduce  # noqa: E402
+import tokenize_items  # noqa: E402
 from ablation import Runner  # noqa: E402
 
 
@@ -28,6 +30,16 @@ def test_every_command_is_accepted_by_its_script(tmp_path):
         if isinstance(step.command, str):
             script, *flags = shlex.split(step.command)
             assert importlib.import_module(Path(script).stem).parse_args(flags)
+    (tmp_path / "official_sids.jsonl").write_text("")
+    others = reproduce.index_runs(tmp_path, 42, "industrial", str(tmp_path), "", 1)
+    assert [other.run.parent.name for other in others] == ["rqvae", "sinkhorn", "released", "random"]
+    for other in others:
+        assert other.plan("sft_test")[-1] == "sft_test"
+        for step in other.steps.values():
+            if isinstance(step.command, str):
+                script, *flags = shlex.split(step.command)
+                assert importlib.import_module(Path(script).stem).parse_args(flags)
+    assert others[3].plan("items") == ["plain", "sids", "items"]
     late = reproduce.run_steps(run, 46, "", groups, False)
     assert not {"rl", "sasrec", "sft_filtered"} & set(late)
 
@@ -44,6 +56,35 @@ def test_tables_hold_the_latest_figures_of_all_seeds(tmp_path):
     assert "| never seen | 3 | 0.100 / 0.200 |" in text and "| sft.pt | 0.500 | 0.500 |" in text
     assert "| sft.pt | 2 | 0.8000 |" in reproduce.table("filtered", runs, "test", filtered=True)
     assert "rl.pt" not in text
+
+
+def test_random_sids_are_different_and_taken_by_stage_1(run):
+    reproduce.draw_sids(run, 42)
+    rows = [json.loads(line) for line in (run / "random.jsonl").read_text().splitlines()]
+    items = tokenize_items.read_catalogue(run / "items.jsonl")
+    assert [row["item_id"] for row in rows] == [item["item_id"] for item in items]
+    assert len({tuple(row["sid"]) for row in rows}) == len(items)
+    assert tokenize_items.codes_of(rows).max() <= tokenize_items.codes_of(items).max()
+    tokenize_items.check_sids("random.jsonl", rows)
+
+
+def test_the_table_of_indexes(tmp_path, run):
+    for index, hr in (("", 0.2), ("released", 0.1)):
+        other = tmp_path / index / "demo-42"
+        (other / "log").mkdir(parents=True)
+        shutil.copy(run / "items.jsonl", other)
+        (other / "log" / "items.txt").write_text(
+            "SIDs from x.jsonl: 7 collisions, which are kept" if index else
+            "level   - | mse 1.0 (without codes)\nlevel   a | mse 0.5000 | codes\ncollisions 12 of 40 items")
+        write_lines(other / "metrics.jsonl", [row(method, split, hr) for split in ("valid", "test")
+                                              for method in ("sft.pt", "sft.pt + memory 0.6")])
+    lines = reproduce.index_table(tmp_path, "demo", [42, 43]).splitlines()
+    assert [line.split(" | ")[:4] for line in lines if line.startswith(("| RQ-KMeans (", "| the"))] == [
+        ["| RQ-KMeans (the default)", "1", "0.5000", "12"], ["| the peers' released SIDs", "1", "", "7"]]
+    assert lines[-1].endswith("| 0.1000 |")
+    uniform = [{"sid": [f"<a_{i}>", "<b_0>"], "item_id": i, "title": "x"} for i in range(4)]
+    write_lines(tmp_path / "items.jsonl", uniform)
+    assert reproduce.perplexities(tmp_path) == pytest.approx([4, 1])
 
 
 def test_half_of_the_training_samples(run, tmp_path):

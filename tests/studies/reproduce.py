@@ -5,8 +5,11 @@
   trained   SASRec and the TIGER-style decoder of baselines.py
   half      Industrial, seed 42: a model of the first half of train.jsonl, with the memory of that half and
             with the memory of all
+  indexes   SIDs made in other ways: RQ-VAE, Sinkhorn, the peers' released ones, random codes; the same
+            recipe, three seeds on the demo and one on Industrial
 
-Writes  OUT/CATALOGUE-SEED, a run with every command and its output in log/; OUT/results.md
+Writes  OUT/CATALOGUE-SEED, a run with every command and its output in log/; OUT/INDEX/CATALOGUE-SEED;
+        OUT/results.md
 The script can be stopped and run again: what is done is skipped, and interrupted training continues. It stops
 if OUT was begun on another commit.
 
@@ -17,30 +20,46 @@ Examples, from the project's root
 """
 import argparse
 import os
+import random
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "studies")]
 from ablation import Runner, Step, copy_run, make_all, markdown  # noqa: E402
-from tokenize_items import atomic_write, make_parser, number, read_jsonl, stop, write_jsonl  # noqa: E402
+from tokenize_items import (atomic_write, codes_of, make_parser, number, read_catalogue,  # noqa: E402
+                            read_jsonl, sid_token, stop, write_jsonl)
 
-GROUPS = ("ours", "rl", "trained", "half")
+GROUPS = ("ours", "rl", "trained", "half", "indexes")
 FIRST_SEED, FEW = 42, 3                 # scientific, rl and trained have at most so many seeds
 HEADS = ("HR@1", "HR@3", "HR@5", "HR@10", "NDCG@3", "NDCG@5", "NDCG@10")
 METHODS = ("popularity", "bigram", "skip-gram", "sasrec", "sasrec + memory 0.6", "tiger.pt",
            "tiger.pt + memory 0.6", "sft.pt", "sft.pt + memory 0.6", "rl.pt", "rl.pt + memory 0.6")
+INDEXES = {                             # name -> label, flags of tokenize_items.py
+    "kmeans": ("RQ-KMeans (the default)", ""),
+    "rqvae": ("RQ-VAE", "--quantizer rqvae"),
+    "sinkhorn": ("RQ-KMeans, Sinkhorn against collisions", "--collision sinkhorn"),
+    "released": ("the peers' released SIDs", "--sids {data}/official_sids.jsonl"),
+    "random": ("random codes", "--sids {run}/random.jsonl"),
+}
 
 
 # ---- The steps of a run --------------------------------------------------------------------------
 
-def run_steps(run: Path, seed: int, data: str, groups: list[str], filtered: bool) -> dict[str, Step]:
-    """The README's commands in one run; evaluate.py appends all figures to RUN/metrics.jsonl."""
+def run_steps(run: Path, seed: int, data: str, groups: list[str], filtered: bool,
+              index: str = "") -> dict[str, Step]:
+    """The README's commands in one run; evaluate.py appends all figures to RUN/metrics.jsonl.
+
+    index: flags of tokenize_items.py.
+    """
     common = f"--run {run} --seed {seed}"
     steps = {
-        "items": Step(f"tokenize_items.py {common}" + (f" --data {data}" if data else "")),
+        "items": Step(f"tokenize_items.py {common}" + (f" --data {data}" if data else "") + index),
         "semantics": Step(f"extract_semantics.py {common}", ("items",)),
         "init": Step(f"init_embeddings.py {common}", ("semantics",)),
         "sft": Step(f"train.py {common} --resume", ("init",)),
@@ -70,6 +89,33 @@ def half_steps(run: Path) -> dict[str, Step]:
         "half_test": Step(f"evaluate.py --run {half}", ("half_sft",)),
         "half_whole": Step(whole, ("half_test",)),
     }
+
+
+def index_runs(out: Path, seed: int, name: str, data: str, device: str, threads: int) -> list[Runner]:
+    """One run for each other way to make SIDs."""
+    runners = []
+    for index, (_, flags) in INDEXES.items():
+        run = out / index / f"{name}-{seed}"
+        if index == "kmeans" or index == "released" and not (Path(data) / "official_sids.jsonl").exists():
+            continue
+        steps = run_steps(run, seed, data, [], False, " " + flags.format(data=data, run=run))
+        if index == "random":
+            plain = run_steps(run, seed, data, [], False)["items"]
+            steps["items"] = steps["items"]._replace(needs=("sids",))
+            steps |= {"plain": plain, "sids": Step(partial(draw_sids, run, seed), ("plain",))}
+        runners.append(Runner(run, steps, device, threads))
+    return runners
+
+
+def draw_sids(run: Path, seed: int) -> None:
+    """Write RUN/random.jsonl: random SIDs, all different, with as many levels and codes as the run's."""
+    items, rng = read_catalogue(run / "items.jsonl"), random.Random(seed)
+    size, levels = 1 + int(codes_of(items).max()), len(items[0]["sid"])
+    numbers = rng.sample(range(size ** levels), len(items))
+    codes = [[number // size ** level % size for level in range(levels)] for number in numbers]
+    rows = [{"item_id": item["item_id"], "sid": [sid_token(level, code) for level, code in enumerate(row)]}
+            for item, row in zip(items, codes)]
+    write_jsonl(run / "random.jsonl", rows)
 
 
 def cut_train(run: Path, half: Path) -> None:
@@ -143,6 +189,41 @@ def half_table(run: Path) -> str:
     return markdown("Industrial, seed 42, test: purchases that the model has not seen", ["", *HEADS], rows)
 
 
+def perplexities(run: Path) -> list[float]:
+    """How many codes of each level are in even use, from the run's SIDs."""
+    found = []
+    for codes in codes_of(read_catalogue(run / "items.jsonl")).T:
+        shares = np.bincount(codes) / len(codes)
+        shares = shares[shares > 0]
+        found.append(float(np.exp(-(shares * np.log(shares)).sum())))
+    return found
+
+
+def index_table(out: Path, name: str, seeds: list[int]) -> str:
+    """Each way to make SIDs: error and collisions from stage 1's output, use of the codes, ranking."""
+    heads = ["SIDs", "seeds", "mse", "collisions", "perplexity", "valid HR@10", "NDCG@10", "test HR@10",
+             "NDCG@10", "with memory", "NDCG@10"]
+    rows, measured = [], {}
+    for index in INDEXES:
+        runs = [out / ("" if index == "kmeans" else index) / f"{name}-{seed}" for seed in seeds]
+        measured[index] = [run for run in runs if figures(run, "sft.pt", "test")]
+    measured = {index: runs for index, runs in measured.items() if runs}
+    if list(measured) in ([], ["kmeans"]):
+        return ""
+    for index, runs in measured.items():
+        logs = [(run / "log" / "items.txt").read_text(encoding="utf-8") for run in runs]
+        errors = [float(re.findall(r"mse ([0-9.]+)", log)[-1]) for log in logs if "mse" in log]
+        collisions = [float(re.search(r"(?:collisions|:) (\d+)( of| collisions)", log)[1]) for log in logs]
+        use = [sum(level) / len(runs) for level in zip(*map(perplexities, runs))]
+        cells = [f"{sum(errors) / len(errors):.4f}" if errors else "", f"{sum(collisions) / len(runs):.0f}",
+                 " / ".join(f"{perplexity:.0f}" for perplexity in use)]
+        for method, split in (("sft.pt", "valid"), ("sft.pt", "test"), ("sft.pt + memory 0.6", "test")):
+            for head in ("HR@10", "NDCG@10"):
+                cells.append(spread([figures(run, method, split)[head] for run in runs]))
+        rows.append([INDEXES[index][0], str(len(runs)), *cells])
+    return markdown(f"{name}: other SIDs, the same recipe", heads, rows)
+
+
 def times_table(runners: list[Runner]) -> str:
     """Minutes of each step, mean over the runs of a catalogue."""
     minutes: dict = {}
@@ -157,7 +238,7 @@ def times_table(runners: list[Runner]) -> str:
 
 
 def all_tables(out: Path, runners: list[Runner]) -> str:
-    """The tables of each catalogue, from the runs of all seeds."""
+    """The tables of each catalogue, from the runs of all seeds, those of `indexes` left out."""
     text, names = "", list(dict.fromkeys(runner.run.name.split("-")[0] for runner in runners))
     for name in names:
         runs = [runner.run for runner in runners if runner.run.name.startswith(name)]
@@ -166,6 +247,8 @@ def all_tables(out: Path, runners: list[Runner]) -> str:
             text += table(f"{name}, test, --exclude-history", runs, "test", filtered=True)
         text += kinds_table(f"{name}, seed 42, test: HR@1 / HR@10 by what training has shown", runs[0])
         text += codes_table(f"{name}, seed 42, test: the best item's codes", runs[0])
+        seeds = [int(run.name.split("-")[1]) for run in runs][:FEW if name == "demo" else 1]
+        text += index_table(out, name, seeds)
     if "industrial" in names:
         text += half_table(out / "industrial-42")
     return text + times_table(runners)
@@ -205,7 +288,7 @@ def main() -> int:
     catalogues = {"demo": "", "industrial": args.industrial, "scientific": args.scientific}
     catalogues = {name: data for name, data in catalogues.items() if data or name == "demo" or args.print}
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else 0
-    runners = []
+    runners, others = [], []
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):     # all catalogues' first seeds first
         for name, data in catalogues.items():
             if name != "scientific" or seed < FIRST_SEED + FEW:
@@ -214,10 +297,13 @@ def main() -> int:
                 if "half" in groups and (name, seed) == ("industrial", 42):
                     steps |= half_steps(run)
                 runners.append(Runner(run, steps, args.device, threads))
+            if "indexes" in groups and seed < FIRST_SEED + (FEW if name == "demo" else name == "industrial"):
+                others += index_runs(out, seed, name, data, args.device, threads)
     failed = []
     if not args.print:
         check_commit(out)
-        jobs = [(runner, name) for runner in runners for step in runner.steps for name in runner.plan(step)]
+        jobs = [(runner, name) for runner in runners + others for step in runner.steps
+                for name in runner.plan(step)]
         failed = make_all(jobs, args.jobs)
     text = all_tables(out, runners)
     print(text)
