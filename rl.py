@@ -24,7 +24,6 @@ Examples
 """
 import argparse
 import copy
-import hashlib
 import math
 import random
 import time
@@ -48,6 +47,7 @@ from train import make_pairs, parse_weights, prompt_ids, read_data
 # Shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
 REWARDS = ("hit", "rank", "prefix")
 VALID_BEAMS, VALID_TOKENS, VALID_CUTOFFS = 50, 16384, (1, 5, 10, 50)
+SAVE_EVERY = 100  # updates, for --resume
 SHOWN = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")
 
 # Settings by backbone. "hf" is MiniOneRec's script.
@@ -313,9 +313,8 @@ def main() -> None:
           f"{len(valid)} to validate | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
     out = Path(args.out or run / "rl.pt")
     log_path, resume_path = (out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
-    start_rows = model.get_input_embeddings().weight[catalogue.sid_ids].detach().cpu().numpy()
-    fingerprint = hashlib.sha256(start_rows.tobytes()).hexdigest()
-    settings = {**vars(args), "prompts": len(train), "processes": world, "reference": fingerprint}
+    bits = model.get_input_embeddings().weight.detach()[catalogue.sid_ids].view(torch.int32)
+    settings = {**vars(args), "prompts": len(train), "processes": world, "reference": bits.sum().item()}
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)
         print(f"continuing after update {state['step']}")
@@ -373,6 +372,7 @@ def main() -> None:
             save_model(out, model, tokenizer, sid, stage="rl", args=vars(args), step=step, metrics=row)
         if rank == 0 and (validated or leave):
             write_jsonl(log_path, log)
+        if rank == 0 and (leave or step % SAVE_EVERY == 0):
             state = {"step": step, "best": best, "bad_evals": bad_evals, "log": log}
             save_progress(resume_path, model, optimizer, state, settings)
 

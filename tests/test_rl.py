@@ -406,6 +406,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, monkeypatch, capsys, roll
     assert not all(torch.equal(w, weights_of(run / "sft.pt")[name]) for name, w in cut.items())
 
 
+def test_the_resume_file_is_written_at_save_every_and_not_at_validations(run, monkeypatch):
+    saves = []
+    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
+    monkeypatch.setattr(stage, "save_progress", lambda path, model, optimizer, state, settings:
+                        saves.append((state["step"], len(state["log"]))))
+    call(stage, "--run", run, *QUICK, "--eval-every", 1, "--patience", 99)
+    steps = read_lines(run / "rl_log.jsonl")[-1]["step"]
+    assert steps >= 2 and [step for step, _ in saves] == list(range(2, steps + 1, 2))
+
+
 def test_two_processes_make_the_updates_of_one(run):
     flags = ("--run", run, *QUICK, "--precision", "float32", "--log-every", 1, "--batch-size", 17)
     call(stage, *flags, "--out", run / "one.pt")
