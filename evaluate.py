@@ -235,8 +235,8 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     skip = skip or [set()] * len(prompts)
     rankings: list = [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="search", unit="user", disable=None)
-    for users in length_batches([len(prompt) for prompt in prompts], batch_tokens):
+    batches = length_batches([len(prompt) for prompt in prompts], batch_tokens)
+    for users in tqdm(batches, desc="search", unit="batch", disable=None):
         beams = num_beams + max(len(skip[user]) for user in users)
         memory = None
         if weight:
@@ -251,8 +251,6 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
                     ranking.items.extend(items)
                     ranking.scores.extend([score] * len(items))
                     ranking.leaves.append(leaf)
-        bar.update(len(users))
-    bar.close()
     return rankings
 
 # ---- Metrics and yardsticks --------------------------------------

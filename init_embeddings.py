@@ -275,8 +275,15 @@ def save_model(path: str | Path, model, tokenizer, sid: dict, **extra) -> None:
                     "tokenizer": tokenizer.backend_tokenizer.to_str(), "special": special, "sid": sid,
                     **extra}, temporary)
 
+def explain_full_memory(kind, error, trace) -> None:
+    """The hook for uncaught errors: one line, and exit code 2, if the GPU's memory is full."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        stop("the GPU's memory is full; lower --micro-tokens, or --batch-tokens of evaluate.py")
+    sys.__excepthook__(kind, error, trace)
+
 def load_model(path: str | Path, device: torch.device, items: list[dict] | None = None):
     """Read a checkpoint of these items; -> model in eval mode, tokenizer, other entries."""
+    sys.excepthook = explain_full_memory
     checkpoint = load_pt(path, ("config", "weights", "tokenizer", "special", "sid"))
     config, weights = json.loads(checkpoint.pop("config")), checkpoint.pop("weights")
     if items is not None:

@@ -250,17 +250,11 @@ def epoch_batches(examples: Examples, sizes: dict, batch_size: int, seed: str) -
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 def micro_batches(batch: list[Example], micro_tokens: int, rank: int, world: int) -> list[list[Example]]:
-    """This process's share of a batch, in pieces of at most `micro_tokens` tokens.
-
-    All ranks must run the same number of forward passes, so a rank with fewer gets one with zero weight.
-    """
+    """This process's share of a batch, in pieces of at most `micro_tokens` tokens."""
     lengths = [len(e.ids) for e in batch]
     if world > 1:
         micro_tokens = min(micro_tokens, -(-sum(lengths) // world))
-    pieces = [[batch[row] for row in rows] for rows in length_batches(lengths, micro_tokens)]
-    while len(pieces) % world:
-        pieces.append([pieces[0][0]._replace(weight=0.0)])
-    return pieces[rank::world]
+    return [[batch[row] for row in rows] for rows in length_batches(lengths, micro_tokens)[rank::world]]
 
 # ---- What trains: everything, or the SID rows alone (STAR) -------
 def train_sid_rows_only(model, sid_ids: Tensor) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import init_embeddings
 import train as stage
-from conftest import ROOT, assert_stops, call, random_model
+from conftest import ROOT, assert_one_line_error, assert_stops, call, random_model
 from init_embeddings import (LoRA, add_lora, build_trie, load_model, merged_weights, save_model, sid_digest,
                              sid_token_ids)
 from test_train import loss_of, sids_of
@@ -372,3 +372,18 @@ def test_keep_leaves_the_weights_of_every_validation(patience, choose, run):
     best = checkpoint(run / "k.pt")
     assert best["metrics"]["valid_loss"] == choose(list(losses.values()))
     assert all(torch.equal(kept[best["step"]]["weights"][name], w) for name, w in best["weights"].items())
+
+
+def test_a_full_gpu_is_one_line(finished_run, capsys):
+    code = ("import sys, torch, train\n"
+            "def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+            "train.response_losses = full\n"
+            f"sys.argv = ['train.py', '--run', {str(finished_run)!r}, '--out', '/tmp/never.pt']\n"
+            "train.main()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert_one_line_error(done, "memory is full", "--micro-tokens")
+    with pytest.raises(ZeroDivisionError) as caught:
+        raise ZeroDivisionError("another error")
+    init_embeddings.explain_full_memory(caught.type, caught.value, caught.tb)
+    assert "Traceback" in capsys.readouterr().err
