@@ -16,7 +16,7 @@ from ablation import Runner  # noqa: E402
 
 
 def row(method: str, split: str, hr: float, **more) -> dict:
-    heads = dict.fromkeys(reproduce.HEADS, hr)
+    heads = dict.fromkeys(reproduce.HEADS["test"], hr)
     return {"method": method, "split": split, "level": "item", "task": "next_brief", **heads, **more}
 
 
@@ -24,7 +24,8 @@ def test_every_command_is_accepted_by_its_script(tmp_path):
     run = tmp_path / "industrial-42"
     groups = list(reproduce.GROUPS)
     steps = {**reproduce.run_steps(run, 42, "somewhere", groups, True), **reproduce.half_steps(run)}
-    assert {"rl_test", "sasrec", "tiger", "sft_filtered", "half_whole"} <= set(steps)
+    assert {"rl_test", "sasrec", "tiger", "sft_filtered", "half_whole", "lcrec_test", "star_test"} <= set(steps)
+    assert "text2token" not in steps["lcrec"].command and steps["star"].command.endswith("--tasks sequence")
     for step in steps.values():
         assert set(step.needs) <= set(steps)
         if isinstance(step.command, str):
@@ -52,10 +53,11 @@ def test_tables_hold_the_latest_figures_of_all_seeds(tmp_path):
             row("sft.pt", "valid", 0.7), row("sft.pt", "test", 0.8, exclude_history=True)])
     runs = [tmp_path / "demo-42", tmp_path / "demo-43"]
     text = reproduce.all_tables(tmp_path, [Runner(run, {}) for run in runs])
-    assert "| sft.pt | 2 | 0.2000 (0.1000 to 0.3000) |" in text and "| sft.pt | 2 | 0.7000 |" in text
-    assert "| never seen | 3 | 0.100 / 0.200 |" in text and "| sft.pt | 0.500 | 0.500 |" in text
-    assert "| sft.pt | 2 | 0.8000 |" in reproduce.table("filtered", runs, "test", filtered=True)
-    assert "rl.pt" not in text
+    assert "| ours | 2 | 0.2000 | 0.2000 |" in text and "| 0.2000 (0.1000 to 0.3000) |\n" in text
+    assert "| ours | 2 | 0.7000 | 0.7000 | 0.7000 |" in text
+    assert "| never seen | 3 | 0.100 / 0.200 |" in text and "| ours | 0.500 | 0.500 |" in text
+    assert "| ours | 2 | 0.8000 |" in reproduce.table("filtered", runs, "test", filtered=True)
+    assert "RL" not in text
 
 
 def test_random_sids_are_different_and_taken_by_stage_1(run):

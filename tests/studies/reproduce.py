@@ -3,6 +3,8 @@
   ours      SFT without and with the memory, beside the counts; on scientific also with --exclude-history
   rl        RL from these models, with MiniOneRec's reward
   trained   SASRec and the TIGER-style decoder of baselines.py
+  papers    LC-Rec style (gaussian rows, no TS-Align) and STAR (mean, align for three epochs, next item
+            alone), on the same backbone; Industrial has one seed
   half      Industrial, seed 42: a model of the first half of train.jsonl, with the memory of that half and
             with the memory of all
   indexes   SIDs made in other ways: RQ-VAE, Sinkhorn, the peers' released ones, random codes; the same
@@ -31,15 +33,19 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "studies")]
-from ablation import Runner, Step, copy_run, make_all, markdown  # noqa: E402
+from ablation import Runner, Step, copy_run, make_all, markdown, task_list  # noqa: E402
 from tokenize_items import (atomic_write, codes_of, make_parser, number, read_catalogue,  # noqa: E402
                             read_jsonl, sid_token, stop, write_jsonl)
 
-GROUPS = ("ours", "rl", "trained", "half", "indexes")
+GROUPS = ("ours", "rl", "trained", "papers", "half", "indexes")
 FIRST_SEED, FEW = 42, 3                 # scientific, rl and trained have at most so many seeds
-HEADS = ("HR@1", "HR@3", "HR@5", "HR@10", "NDCG@3", "NDCG@5", "NDCG@10")
-METHODS = ("popularity", "bigram", "skip-gram", "sasrec", "sasrec + memory 0.6", "tiger.pt",
-           "tiger.pt + memory 0.6", "sft.pt", "sft.pt + memory 0.6", "rl.pt", "rl.pt + memory 0.6")
+HEADS = {"test": ("HR@1", "HR@3", "NDCG@3", "HR@5", "NDCG@5", "HR@10", "NDCG@10"),
+         "valid": ("HR@1", "HR@10", "NDCG@10")}
+MODELS = {"sasrec": "SASRec", "tiger.pt": "TIGER-style", "lcrec.pt": "LC-Rec style", "star.pt": "STAR",
+          "sft.pt": "ours", "rl.pt": "ours, RL"}
+METHODS = {name: name for name in ("popularity", "bigram", "skip-gram")}      # name -> label
+for name, label in MODELS.items():
+    METHODS |= {name: label, f"{name} + memory 0.6": f"{label}, with memory"}
 INDEXES = {                             # name -> label, flags of tokenize_items.py
     "kmeans": ("RQ-KMeans (the default)", ""),
     "rqvae": ("RQ-VAE", "--quantizer rqvae"),
@@ -73,9 +79,31 @@ def run_steps(run: Path, seed: int, data: str, groups: list[str], filtered: bool
         steps["rl"] = Step(f"rl.py {common} --reward hit:1,rank:1 --resume", ("sft_test",))
         steps["rl_valid"] = Step(f"{rl} --split valid", ("rl",))
         steps["rl_test"] = Step(rl, ("rl_valid",))
+    if "papers" in groups and seed < FIRST_SEED + FEW:
+        steps |= paper_steps(run, common)
     if "trained" in groups and seed < FIRST_SEED + FEW:
         for method in ("sasrec", "tiger"):
             steps[method] = Step(f"tests/studies/baselines.py {method} {common}", ("sft_test",))
+    return steps
+
+
+def paper_steps(run: Path, common: str) -> dict[str, Step]:
+    """LC-Rec style and STAR, from the run's backbone."""
+    init = f"init_embeddings.py {common} --backbone {run}/init.pt"
+    train = f"train.py {common} --resume"
+    steps = {
+        "gaussian": Step(f"{init} --init gaussian --out {run}/gaussian.pt", ("sft_test",)),
+        "lcrec": Step(f"{train} --from {run}/gaussian.pt --out {run}/lcrec.pt "
+                      f"--tasks {task_list('tiny', ts_align=False)}", ("gaussian",)),
+        "mean": Step(f"{init} --init mean --out {run}/mean.pt", ("sft_test",)),
+        "align": Step(f"{train} --stage align --from {run}/mean.pt --epochs 3", ("mean",)),
+        "star": Step(f"{train} --from {run}/align.pt --out {run}/star.pt "
+                     f"--tasks {task_list('tiny', alone=True)}", ("align",)),
+    }
+    for name in ("lcrec", "star"):
+        evaluate = f"evaluate.py --run {run} --checkpoint {run}/{name}.pt --predictions {run}/{name}.jsonl"
+        steps[f"{name}_valid"] = Step(f"{evaluate} --split valid", (name,))
+        steps[f"{name}_test"] = Step(evaluate, (f"{name}_valid",))
     return steps
 
 
@@ -144,19 +172,22 @@ def spread(values: list[float]) -> str:
 
 
 def table(title: str, runs: list[Path], split: str, filtered: bool = False) -> str:
-    """A row for each method, over the seeds."""
+    """A row for each method: means over the seeds, at 10 with the smallest and the largest."""
     rows = []
-    for method in METHODS:
+    for method, label in METHODS.items():
         found = [row for run in runs if (row := figures(run, method, split, filtered))]
-        rows.append([method, str(len(found)) if found else "",
-                     *(spread([row[head] for row in found]) for head in HEADS)])
-    return markdown(title, ["method", "seeds", *HEADS], rows)
+        cells = [spread([row[head] for row in found]) for head in HEADS[split]]
+        cells = [cell if head.endswith("@10") else cell.split(" ")[0]
+                 for head, cell in zip(HEADS[split], cells)]
+        rows.append([label, str(len(found)) if found else "", *cells])
+    return markdown(title, ["method", "seeds", *HEADS[split]], rows)
 
 
 def kinds_table(title: str, run: Path) -> str:
     """HR@1 / HR@10 by what training has shown of the target, one run, test."""
-    found = {method: figures(run, method, "test") for method in METHODS}
-    found = {method: row["kinds"] for method, row in found.items() if row.get("kinds")}
+    methods = ("bigram", "skip-gram", "sasrec", "tiger.pt", "sft.pt", "sft.pt + memory 0.6")
+    found = {method: figures(run, method, "test") for method in methods}
+    found = {METHODS[method]: row["kinds"] for method, row in found.items() if row.get("kinds")}
     kinds = next(iter(found.values()), {})
     rows = [[kind, str(kinds[kind]["n"]), *(f"{row[kind]['HR@1']:.3f} / {row[kind]['HR@10']:.3f}"
                                             for row in found.values())] for kind in kinds]
@@ -166,12 +197,12 @@ def kinds_table(title: str, run: Path) -> str:
 def codes_table(title: str, run: Path) -> str:
     """How often the best item has the target's first code, the second given the first, and so on."""
     rows = []
-    for method in METHODS:
+    for method, label in METHODS.items():
         codes = figures(run, method, "test").get("codes", [])
         shares = [b / a if a else 0.0 for a, b in zip([1.0, *codes], codes)]
-        rows.append([method, *(f"{share:.3f}" for share in shares)])
+        rows.append([label, *(f"{share:.3f}" for share in shares)])
     width = max(len(row) for row in rows)
-    heads = ["method", "code 1", *(f"code {level}, if all before" for level in range(2, width))]
+    heads = ["method", "code 1", *(f"code {level}, if those before are right" for level in range(2, width))]
     return markdown(title, heads, rows)
 
 
@@ -185,8 +216,9 @@ def half_table(run: Path) -> str:
             ("model of the first half, no memory", half, "sft.pt", "metrics.jsonl"),
             ("model of all, no memory", run, "sft.pt", "metrics.jsonl")):
         row = figures(folder, method, "test", name=name)
-        rows.append([label, *(f"{row[head]:.4f}" for head in HEADS if row)])
-    return markdown("Industrial, seed 42, test: purchases that the model has not seen", ["", *HEADS], rows)
+        rows.append([label, *(f"{row[head]:.4f}" for head in HEADS["valid"] if row)])
+    title = "Industrial, seed 42, test: purchases that the model has not seen"
+    return markdown(title, ["", *HEADS["valid"]], rows)
 
 
 def perplexities(run: Path) -> list[float]:
@@ -293,7 +325,9 @@ def main() -> int:
         for name, data in catalogues.items():
             if name != "scientific" or seed < FIRST_SEED + FEW:
                 run = out / f"{name}-{seed}"
-                steps = run_steps(run, seed, data, groups, name == "scientific")
+                own = [group for group in groups if group != "papers" or name == "demo" or
+                       (name, seed) == ("industrial", FIRST_SEED)]
+                steps = run_steps(run, seed, data, own, name == "scientific")
                 if "half" in groups and (name, seed) == ("industrial", 42):
                     steps |= half_steps(run)
                 runners.append(Runner(run, steps, args.device, threads))
