@@ -57,7 +57,7 @@ KINDS = ("in the history", "followed the last item in train", "paired in train w
          "seen in train", "never seen")
 EXPORTED = """# A recommender that generates semantic IDs (SIDs)
 
-Load it with AutoModelForCausalLM and AutoTokenizer, or serve this folder with any engine for such models.
+Load it with AutoModelForCausalLM and AutoTokenizer, or serve it with any engine for such models.
 A prompt is plain text, without a chat template:
 
     {prompt!r}
@@ -142,7 +142,7 @@ def perturb(scores: Tensor, parent: Tensor, generator: torch.Generator) -> Tenso
 # ---- Tree attention and the search -------------------------------
 class Prefix(NamedTuple):
     """The prompts, read once."""
-    cache: DynamicCache  # their keys and values; tree tokens are appended
+    cache: DynamicCache  # keys and values; tree tokens are appended
     lengths: Tensor      # (B,) tokens of each prompt
     width: int           # T
     last: Tensor         # (B, 1, D) hidden states of the last tokens
@@ -230,7 +230,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
     """Rank the catalogue `item_ids` (N,) for every prompt; -> up to `num_beams` SIDs for each.
 
     skip: items to leave out, by searching with as many more beams.
-    recalled: p_memory for every prompt, {item_id: mass}, mixed in with this weight (lambda).
+    recalled: p_memory for every prompt, {item_id: mass}, with its weight (lambda); it orders a SID's items.
     """
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     skip = skip or [set()] * len(prompts)
@@ -247,6 +247,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
             for leaf, score in zip(leaves, scores):
                 rows = trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]
                 items = [item_ids[row] for row in rows if item_ids[row] not in skip[user]]
+                items.sort(key=lambda item_id: -recalled[user].get(item_id, 0) if weight else 0)
                 if items and len(ranking.leaves) < num_beams:
                     ranking.items.extend(items)
                     ranking.scores.extend([score] * len(items))
@@ -338,7 +339,7 @@ def print_table(rows: list[dict]) -> None:
         print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[head]:>9.4f}" for head in heads))
 
 def print_details(rows: list[dict]) -> None:
-    """HR@1 / HR@10 by what training has shown of the target; how often the best codes are right."""
+    """HR@1 / HR@10 by kind of target; how often the best codes are right."""
     heads = "".join(f"{row['method'][-19:]:>20}" for row in rows)
     print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}{heads}")
     for kind, first in rows[0]["kinds"].items():
@@ -357,7 +358,7 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
     """
     def in_words(item_id) -> str:
         item = item_of[item_id]
-        tokens = [f"{token} {', '.join(keywords.get(token, [])[:3])}".strip() for token in item["sid"]]
+        tokens = [f"{token} {', '.join(map(str, keywords.get(token, [])[:3]))}" for token in item["sid"]]
         return f"{item_id!r} {item['title'][:80]}\n          {' | '.join(tokens)}"
 
     print("history:")
@@ -394,7 +395,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--split", choices=("test", "valid"), default="test", help="which samples to rank")
     flag("--metrics", help="instead of RUN/metrics.jsonl")
     flag("--predictions", help="instead of RUN/predictions.jsonl")
-    flag("--num-beams", type=number(int, 1), help="W; default: 20, or 5 for tasks about single items")
+    flag("--num-beams", type=number(int, 1), help="W; default: 20; 5 for tasks about items")
     flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="0: the papers' system")
     flag("--memory-from", metavar="FILE", help="samples to count, instead of RUN/train.jsonl")
     flag("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
@@ -445,6 +446,7 @@ def main() -> None:
     model, tokenizer, checkpoint = load_model(path, device, items)
     sid, item_of = checkpoint["sid"], {item["item_id"]: item for item in items}
     task = args.task or checkpoint["args"].get("recommends", "next")
+    of_users = TASKS[task].source == "samples"
 
     # What is asked
     if args.history:
@@ -455,29 +457,30 @@ def main() -> None:
         pairs = read_pairs(run, task, args.split, items, args.limit)
         instructions, rows = [pair.instruction for pair in pairs], [pair.row for pair in pairs]
     if args.export:
-        export(Path(args.export), model, tokenizer, items, instructions[0])
-        return
+        return export(Path(args.export), model, tokenizer, items, instructions[0])
     prompts = prompt_ids(tokenizer, instructions)
     longest = max(len(prompt) for prompt in prompts) + sid["num_levels"] - 1
     check_lengths(longest, model.config, in_search=True)
 
     # The memory
     candidates, unseen = pick_candidates(args.candidates, items), new_items(sid, items)
+    seen = [item for item in items if item["item_id"] not in unseen]
     item_ids = [item["item_id"] for item in candidates]
-    skip = [set(row.get("history", ())) if args.exclude_history else set() for row in rows]
+    histories = [row["history"] if of_users else [] for row in rows]
+    skip = [set(history) if args.exclude_history else set() for history in histories]
     train, recalled = [], [{}] * len(rows)
-    if "history" in rows[0]:
+    if of_users:
         train = read_samples(run / "train.jsonl", set(item_of))
         counts, known = count_pairs(train), set(item_ids)
         counted = count_pairs(read_samples(args.memory_from, set(item_of))) if args.memory_from else counts
-        recalled = [recall(row["history"], counted, known) for row in rows]
+        recalled = [recall(history, counted, known) for history in histories]
 
     # The search
     if device.type == "cuda":
         read_in_bf16(model)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device,
-                      torch.tensor([item_id in unseen for item_id in item_ids]))
+                      torch.from_numpy(codes_of(seen)) if unseen else None)
     num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
     start, found = time.time(), {}
     for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # below: the last
@@ -487,29 +490,29 @@ def main() -> None:
     seconds = max(0.01, round(time.time() - start, 2))
 
     # Some users in words
-    targets = [row.get("target", row.get("item_id")) for row in rows]
-    keywords = {}
-    if (run / "semantics.jsonl").exists():
-        meanings = read_semantics(run / "semantics.jsonl", items)
-        keywords = {row["token"]: row["keywords"] for row in meanings}
+    targets = [row.get("target" if of_users else "item_id") for row in rows]
+    path = run / "semantics.jsonl"
+    meanings = read_semantics(path, items) if path.exists() else []
+    keywords = {row["token"]: row["keywords"] for row in meanings}
     for n in range(1 if args.history else min(args.show, len(rows))):
         masses = {item_id: weight * mass for item_id, mass in recalled[n].items()}
-        show_user(rows[n].get("history", []), rankings[n], item_of, keywords, masses, targets[n])
+        print(f"prompt: {instructions[n].strip()}")
+        show_user(histories[n], rankings[n], item_of, keywords, masses, targets[n])
     if args.history:
         return
 
     # Figures
     ranked = {method: [ranking.items for ranking in found[method]] for method in found}
     leaves = {method: [ranking.leaves for ranking in found[method]] for method in found}
-    kinds = what_training_showed(train, counts, rows) if train else []
+    kinds = what_training_showed(train, counts, rows) if train and num_beams >= 10 else []
     if train:
         ranked = yardsticks(train, rows, item_ids, skip, recalled, num_beams) | ranked
-    split = args.split if TASKS[task].source == "samples" else "test"
-    facts = {"task": task, "split": split, "n": len(rows), "num_beams": num_beams, "seconds": seconds,
-             "exclude_history": args.exclude_history, "candidates": args.candidates}
+    facts = {"task": task, "split": args.split if of_users else "test", "n": len(rows),
+             "num_beams": num_beams, "seconds": seconds, "exclude_history": args.exclude_history,
+             "candidates": args.candidates, "memory_from": args.memory_from}
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     results = measure(facts, items, targets, ranked, leaves, leaf_of, kinds)
-    predictions = [{"user_id": str(row.get("user_id", "")), "target": target, "items": ranking.items,
+    predictions = [{"user_id": row.get("user_id", ""), "target": target, "items": ranking.items,
                     "scores": ranking.scores} for row, target, ranking in zip(rows, targets, rankings)]
     out, metrics = args.predictions or run / "predictions.jsonl", args.metrics or run / "metrics.jsonl"
     write_jsonl(out, predictions)

@@ -148,7 +148,7 @@ def describe(keywords: list[str]) -> str:
     return " ".join(f"{start} {', '.join(words)}." for start, words in parts.items() if words)
 
 def plain_queries(item: dict, count: int, seed: int) -> list[str]:
-    """Up to `count` different queries: two or three words of the title, at times with the brand."""
+    """Up to `count` queries: two or three words of the title, at times with the brand."""
     rng = random.Random(f"{seed} {item['item_id']!r}")
     text = item["title"].strip() or item["description"]
     words = [word for word in words_of(text) if len(word) > 2 and word not in STOP_WORDS]
@@ -163,7 +163,7 @@ def plain_queries(item: dict, count: int, seed: int) -> list[str]:
 
 # ---- A language model as teacher (eq. 7): questions, rules for answers ----
 class Question(NamedTuple):
-    """What the teacher is asked. `read` returns its answer, or raises ValueError: what is wrong."""
+    """What the teacher is asked. `read` returns its answer, or raises ValueError."""
     prompt: str
     read: Callable
 
@@ -206,7 +206,7 @@ def parse_meaning(text: str, brands: list[str]) -> dict:
     if not isinstance(description, str) or not isinstance(keywords, list):
         raise ValueError('it must be JSON with a string "description" and a list "keywords"')
     description, keywords = description.strip(), distinct([str(keyword) for keyword in keywords])
-    sentences = len(re.findall(r"[.!?](?=\s+\W*[A-Z]|\W*$)", description))
+    sentences = len(re.findall(r"[.!?](?=\s+\W*[^\W\d_a-z]|\W*$)|[。！？]", description))
     if "\n" in description or not 3 <= sentences <= 5:
         raise ValueError(f"the description must be one paragraph of 3 to 5 sentences, not {sentences}")
     if not MIN_KEYWORDS <= len(keywords) <= MAX_KEYWORDS:
@@ -338,11 +338,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed")
     flag = parser.add_argument
     flag("--teacher", choices=("tfidf", "http"), default="tfidf", help="offline, or an OpenAI-like server")
-    flag("--sample", type=number(int, 1), default=20, help="items of a token that the teacher sees")
+    flag("--sample", type=number(int, 1), default=20, help="items per token for the teacher")
     flag("--queries", type=number(int, 0), default=0, help="search queries per item; 0: none; STAR: 5")
     flag("--base-url", default="", help="what comes before /chat/completions")
     flag("--teacher-model", default="", help="name of the model")
-    flag("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key, if any")
+    flag("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key")
     flag("--workers", type=number(int, 1), default=8, help="requests at a time")
     flag("--dry-run", action="store_true", help="http: count requests, print a prompt, stop")
     args = parser.parse_args(argv)
@@ -365,7 +365,7 @@ def main() -> None:
           f"token: min {sizes[0]}, median {sizes[len(sizes) // 2]}, max {sizes[-1]}, shown {args.sample}")
 
     answers = {}
-    if args.teacher == "http":
+    if args.teacher == "http" or args.dry_run:
         key = os.environ.get(args.api_key_env, "").strip()
         if not re.fullmatch("[!-~]*", key):
             stop(f"the key in ${args.api_key_env} has characters that no key has; set it again")

@@ -53,7 +53,7 @@ PRETRAIN_WINDOW, PRETRAIN_BATCH, PRETRAIN_LR = 128, 16, 2e-3
 NORMAL_STD = 0.02                    # of new rows in Hugging Face's models
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # STAR, A.4
 NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep", "micro_tokens")  # by --resume
-# The tiny BPE sees this text too, or prompts would be spelled by letters.
+# The tiny BPE sees this too, or prompts would be spelled by letters.
 PROMPT_ENGLISH = (
     "The user bought. Which item has the title? What is the title of item? Identify the specific SID token "
     "shared by items that exhibit the following scope and characteristics: Describe the typical scope and "
@@ -61,7 +61,7 @@ PROMPT_ENGLISH = (
 
 # ---- Vocabulary extension (eq. 4) --------------------------------
 def extend_vocabulary(model, tokenizer, num_levels: int, codebook_size: int) -> Tensor:
-    """Add the L * K SID tokens; -> their ids (L, K). Spare rows of the embedding are used first."""
+    """Add the L * K SID tokens, to spare rows first; -> their ids (L, K)."""
     names = [sid_token(level, code) for level in range(num_levels) for code in range(codebook_size)]
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
     sid_ids = sid_token_ids(tokenizer, num_levels, codebook_size)
@@ -276,7 +276,7 @@ def save_model(path: str | Path, model, tokenizer, sid: dict, **extra) -> None:
                     **extra}, temporary)
 
 def explain_full_memory(kind, error, trace) -> None:
-    """The hook for uncaught errors: one line, and exit code 2, if the GPU's memory is full."""
+    """The hook for uncaught errors: one line if the GPU's memory is full."""
     if issubclass(kind, torch.OutOfMemoryError):
         stop("the GPU's memory is full; lower --micro-tokens, or --batch-tokens of evaluate.py")
     sys.__excepthook__(kind, error, trace)
@@ -332,8 +332,8 @@ def check_lengths(longest: int, config, in_search: bool = False) -> float:
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     limit = min(limit, window) if in_search and window else limit
     if longest > limit:
-        stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; make the run with "
-             "a lower --max-history, or leave out tasks with long texts")
+        stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; give shorter histories "
+             "(--max-history), or leave out tasks with long texts")
     return limit
 
 # ---- The trie as flat tensors: for train.py, evaluate.py and rl.py ----
@@ -347,19 +347,16 @@ class Trie(NamedTuple):
     leaf_start: np.ndarray     # (leaves + 1,) places in leaf_items
     leaf_items: np.ndarray     # (N,) rows of the catalogue, ascending within a leaf
 
-def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Tensor | None = None) -> Trie:
-    """The trie of codes (N, L), by one sort, in O(N) memory; new (N,): which items are new."""
+def build_trie(codes: Tensor, codebook_size: int, device: torch.device, old: Tensor | None = None) -> Trie:
+    """The trie of codes (N, L), by one sort; old (n, L): the SIDs that are not new."""
     num_levels = codes.shape[1]
     if codebook_size ** num_levels > 2 ** 62:
         stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; use fewer")
-    key = torch.zeros(len(codes), dtype=torch.long)
-    for level in range(num_levels):
-        key = key * codebook_size + codes[:, level]
-    key, order = key.sort(stable=True)  # catalogue order within a leaf
+    place = codebook_size ** torch.arange(num_levels).flip(0)
+    key, order = (codes * place).sum(1).sort(stable=True)  # catalogue order within a leaf
     nodes, items = torch.unique_consecutive(key, return_counts=True)
     leaf_start = F.pad(items.cumsum(0), (1, 0))
-    new = torch.zeros(len(codes), dtype=torch.bool) if new is None else new
-    old_before = F.pad((~new)[order].cumsum(0), (1, 0))[leaf_start]  # old items before each node
+    old = None if old is None else (old * place).sum(1)
     first_child, level_codes, max_children, is_new = [], [], [], []
     for _ in range(num_levels):  # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
@@ -367,9 +364,10 @@ def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Ten
         first_child.insert(0, start.to(device, torch.int32))
         level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
         max_children.insert(0, int(counts.max()))
-        if new.any():
-            is_new.insert(0, (old_before.diff() == 0).to(device))
-        nodes, old_before = parents, old_before[start]
+        if old is not None:
+            is_new.insert(0, (~torch.isin(nodes, old)).to(device))
+            old = old // codebook_size
+        nodes = parents
     return Trie(first_child, level_codes, max_children, is_new, leaf_start.numpy(), order.numpy())
 
 def leaf_of_items(trie: Trie) -> np.ndarray:
@@ -505,7 +503,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          help="mean of the keywords (eq. 9), mean or Gaussian of the vocabulary, or N(0, 0.02^2)")
     flag("--sa-depth", type=number(int, 0, 9), default=8, help="levels with SA-Init, the rest gaussian")
     flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="see the docstring")
-    flag("--backbone", default="tiny", help="tiny, or a causal LM: Hugging Face name, folder, or checkpoint")
+    flag("--backbone", default="tiny", help="tiny, or a causal LM: name, folder, or checkpoint")
     flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")
     flag("--layers", type=number(int, 1), default=3, help="tiny: number of layers")
     flag("--vocab-size", type=number(int, 1), default=6000, help="tiny: pieces of the BPE")

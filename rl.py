@@ -47,7 +47,6 @@ from train import make_pairs, parse_weights, prompt_ids, read_data
 # Shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
 REWARDS = ("hit", "rank", "prefix")
 VALID_BEAMS, VALID_TOKENS, VALID_CUTOFFS = 50, 16384, (1, 5, 10, 50)
-SAVE_EVERY = 100  # updates, for --resume
 SHOWN = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@10")
 
 # Settings by backbone. "hf" is MiniOneRec's script.
@@ -230,8 +229,8 @@ def show(row: dict, names) -> str:
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
     """The trie; new items that were never a target are averaged."""
     unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
-    new = torch.tensor([item["item_id"] in unseen for item in items])
-    trie = build_trie(codes, sid["codebook_size"], device, new)
+    seen = torch.tensor([item["item_id"] not in unseen for item in items])
+    trie = build_trie(codes, sid["codebook_size"], device, codes[seen] if unseen else None)
     codes = codes[trie.leaf_items[trie.leaf_start[:-1]]].to(device)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     return Catalogue(trie, sid_ids, codes, [item["item_id"] for item in items])
@@ -263,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--rollout", choices=("beam", "sample"), default="beam", help="draws are without replacement")
     flag("--group-size", type=number(int, 2), default=16, help="G, rollouts per prompt")
     flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL to the SFT model")
-    flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="PPO clip range of the ratio")
+    flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="clip range of the ratio")
     flag("--updates-per-rollout", type=number(int, 1), default=1, help="updates per batch of rollouts")
     flag("--epochs", type=number(int, 1), help="passes over the prompts; see PRESETS")
     flag("--lr", type=number(float, 0), help="peak learning rate; see PRESETS")
@@ -271,7 +270,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--eval-every", type=number(int, 1), help="updates between validations; see PRESETS")
     flag("--micro-tokens", type=number(int, 1), default=4096, help="tokens per forward pass")
     flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="as in train.py")
-    flag("--patience", type=number(int, 1), default=5, help="validations without gain before it stops")
+    flag("--patience", type=number(int, 1), default=5, help="validations without gain, then stop")
     flag("--eval-users", type=number(int, 0), default=0, help="validate on so many users; 0: all")
     flag("--log-every", type=number(int, 1), default=10, help="updates per log line")
     return parser.parse_args(argv)
@@ -372,7 +371,7 @@ def main() -> None:
             save_model(out, model, tokenizer, sid, stage="rl", args=vars(args), step=step, metrics=row)
         if rank == 0 and (validated or leave):
             write_jsonl(log_path, log)
-        if rank == 0 and (leave or step % SAVE_EVERY == 0):
+        if rank == 0 and (leave or better):
             state = {"step": step, "best": best, "bad_evals": bad_evals, "log": log}
             save_progress(resume_path, model, optimizer, state, settings)
 

@@ -83,7 +83,7 @@ def fit_lsa(texts: list[str]) -> dict:
     repeated = [term for term, count in frequency.items() if count > 1]
     terms = sorted(repeated, key=lambda term: (-frequency[term], term))[:LSA_TERMS]
     if not terms:
-        stop("no word occurs in two item texts, so the lsa encoder has nothing to work with")
+        stop("no word occurs in two item texts, which the lsa encoder needs")
     idf = torch.tensor([math.log(len(texts) / frequency[term]) + 1 for term in terms])
     matrix = tfidf_matrix(texts, terms, idf)
     width = min(LSA_WIDTH, *matrix.shape)
@@ -363,11 +363,11 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
     """
     rows, seen, nth = [], set(), 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
             for nth, line in enumerate(file, 1):
-                if not line.strip():
+                if not (text := line.decode("utf-8-sig").strip()):
                     continue
-                row = json.loads(line)
+                row = json.loads(text)
                 problem = field_problem(row, fields, known)
                 if not problem and unique and row[unique] in seen:
                     problem = f"{unique} {row[unique]!r} is there twice"
@@ -376,7 +376,7 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                 seen.add(row[unique] if unique else None)
                 rows.append(row)
     except OSError as error:
-        stop(f"{path}: cannot be read ({error.strerror}); run the stage that writes it")
+        stop(f"{path}: cannot be read ({error.strerror}); check the name, or run its stage first")
     except (ValueError, RecursionError) as error:  # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows and fields:
@@ -477,7 +477,7 @@ def load_pretrained(auto_class, name: str, **options):
     return model.eval(), tokenizer
 
 def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of similar length into batches of at most `max_tokens` tokens, padding included."""
+    """Group rows of similar length into batches of at most `max_tokens` tokens with padding."""
     batches = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if not batches or lengths[row] * (len(batches[-1]) + 1) > max_tokens:
@@ -526,16 +526,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--data", default=str(DEMO), help="folder with items.jsonl and interactions.jsonl or a split")
     flag("--sids", help="SIDs to take, {item_id, sid} lines")
-    flag("--add", metavar="FILE", help="add these items to the run, with SIDs from RUN/codebook.pt")
+    flag("--add", metavar="FILE", help="add these items, with SIDs from RUN/codebook.pt")
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model by name or folder")
     flag("--pooling", choices=("mean", "last"), default="mean", help="Qwen3-Embedding needs last")
     flag("--dim", type=number(int, 0), default=0, help="width after PCA; 0: no PCA; paper: 32")
     flag("--num-levels", type=number(int, 2, len(LEVELS) + 1), default=3, help="L, codes per item")
-    flag("--codebook-size", type=number(int, 0), default=0, help="K, codes per level; 0: up to 256")
+    flag("--codebook-size", type=number(int, 0), default=0, help="K; 0: up to 256")
     flag("--quantizer", choices=("kmeans", "rqvae"), default="kmeans", help="STAR: rqvae")
     flag("--collision", choices=("nearest", "random", "sinkhorn"), default="nearest", help="which free code")
     flag("--split", choices=("official", "leave-one-out", "chronological"), help="default: what DATA has")
-    flag("--max-history", type=number(int, 1), default=10, help="most recent items of a history; STAR: 20")
+    flag("--max-history", type=number(int, 1), default=10, help="items of a history; STAR: 20")
     return parser.parse_args(argv)
 
 def add_items(run: Path, path: str, policy: str, seed: int, device: torch.device) -> None:
@@ -555,8 +555,9 @@ def main() -> None:
     args = parse_args()
     device, run, data = set_up(args.device, args.seed), Path(args.run), Path(args.data)
     if args.add:
-        add_items(run, args.add, args.collision, args.seed, device)
-        return
+        return add_items(run, args.add, args.collision, args.seed, device)
+    if run.resolve() == data.resolve():
+        stop(f"--run and --data are both {run}; name another folder for the run")
     items = read_items(data / "items.jsonl")
     split = args.split or ("official" if (data / "train.jsonl").exists() else "leave-one-out")
     samples = load_samples(data, split, {item["item_id"] for item in items}, args.max_history)

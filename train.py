@@ -367,7 +367,7 @@ def parse_weights(text: str, known, kind: str) -> dict[str, float]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
-    flag("--stage", choices=("align", "sft"), default="sft", help="align: only the SID rows train (STAR)")
+    flag("--stage", choices=("align", "sft"), default="sft", help="align: SID rows only (STAR)")
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
     flag("--out", help="checkpoint to write, instead of RUN/align.pt or RUN/sft.pt")
     flag("--resume", action="store_true", help="continue a run if it was interrupted")
@@ -383,11 +383,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--evals-per-epoch", type=number(int, 1), help="validations per epoch")
     flag("--patience", type=number(int, 0), help="validations without gain; 0: keep the last")
     flag("--micro-tokens", type=number(int, 1), help="tokens per forward pass: memory, not method")
-    flag("--lora", type=number(int, 0), default=0, help="rank of adapters; 0: train all weights; STAR: 8")
+    flag("--lora", type=number(int, 0), default=0, help="rank of adapters; 0: none; STAR: 8")
     flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="fast: bf16 if native")
-    flag("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
+    flag("--grad-checkpoint", action="store_true", help="less memory, slower")
     flag("--log-every", type=number(int, 1), default=100, help="updates per log line")
-    flag("--save-every", type=number(int, 1), default=500, help="updates between saves for --resume")
+    flag("--save-every", type=number(int, 1), default=500, help="updates between saves")
     flag("--keep", action="store_true", help="keep the weights of every validation, OUT_STEP.pt")
     args = parser.parse_args(argv)
     if args.lora and args.stage == "align":
@@ -413,7 +413,7 @@ def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
 
 def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
                   leaf_of: dict) -> tuple[Examples, dict[str, int], list[Example]]:
-    """Each task's examples, how many an epoch takes, and validation's: next items, or 5 % with align."""
+    """Each task's examples, how many an epoch takes, validation's: next items, or 5 % with align."""
     examples, valid = {}, []
     for name in args.tasks:
         rows = make_examples(tokenizer, name, data, args.max_response, f"{args.seed} 0", leaf_of)

@@ -108,7 +108,7 @@ def test_new_items_count_as_their_average_sibling(share):
             return 1 / len(legal)
         return logits[old].softmax(0)[old.index(code)].item() * len(old) / len(legal)
 
-    trie = build_trie(codes, K, CPU, new)
+    trie = build_trie(codes, K, CPU, codes[~new])
     leaves, scores = beam_search(model, trie, sid_ids, prompts, len(codes))
     for row, prompt in enumerate(prompts):
         logits = sid_logits(model, codes, sid_ids, prompt)
@@ -401,6 +401,64 @@ def test_candidates(run, tmp_path):
         assert sorted(p["items"]) == allowed                            # all five, fewer than the 20 beams
         assert sum(map(math.exp, p["scores"])) == pytest.approx(1, abs=1e-4)
     assert all(m["HR@20"] < 1 for m in read_lines(run / "metrics.jsonl"))
+
+
+def test_only_new_candidates_below_a_known_prefix(run, tmp_path):
+    """The prefix keeps the model's probability, though none of its old items may be recommended."""
+    old = read_lines(run / "items.jsonl")
+    call(tokenize_items, "--run", run, "--add", write_lines(tmp_path / "new.jsonl", [
+        {**old[0], "item_id": "n1"}]))
+    items = tokenize_items.read_catalogue(run / "items.jsonl")
+    prefix = items[-1]["sid"][0]
+    assert any(item["sid"][0] == prefix for item in items[:-1])
+    kept = [item["item_id"] for item in items if item["sid"][0] != prefix or item["item_id"] == "n1"]
+    model, tokenizer, checkpoint = init_embeddings.load_model(run / "sft.pt", CPU, items)
+    sid_ids = init_embeddings.sid_token_ids(tokenizer, 3, checkpoint["sid"]["codebook_size"])
+    legal = sorted({int(item["sid"][0][3:-1]) for item in items})
+    call(evaluate, "--run", run, "--memory", 0, "--num-beams", 100, "--candidates",
+         write_lines(tmp_path / "some.jsonl", [{"item_id": i} for i in kept]))
+    pairs = evaluate.read_pairs(run, "next_brief", "test", items, 0)
+    prompts = evaluate.prompt_ids(tokenizer, [pair.instruction for pair in pairs])
+    for prompt, p in zip(prompts, read_lines(run / "predictions.jsonl")):
+        with torch.no_grad():
+            chances = model(torch.tensor([prompt])).logits[0, -1][sid_ids[0][legal]].softmax(0)
+        expected = chances[legal.index(int(prefix[3:-1]))].item()
+        assert math.exp(p["scores"][p["items"].index("n1")]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_memory_orders_the_items_of_a_sid():
+    model, (codes, sid_ids) = random_model("qwen2"), random_catalogue(3, 20)
+    codes = codes[:10].repeat_interleave(2, 0)                          # two items on each SID
+    trie, names = build_trie(codes, K, CPU), [f"item {n}" for n in range(20)]
+    recalled = {"item 7": 0.3, "item 6": 0.1, "item 0": 0.2}
+    for weight, order in ((0.5, ["item 7", "item 6"]), (0.0, ["item 6", "item 7"])):
+        found, = search_all(model, trie, sid_ids, names, [[1, 2]], 10, 100, None, [recalled], weight)
+        assert [name for name in found.items if name in order] == order
+        assert [name for name in found.items if name in ("item 0", "item 1")] == ["item 0", "item 1"]
+
+
+def test_an_item_s_own_fields_do_not_count_as_a_sample(run):
+    items = read_lines(run / "items.jsonl")
+    write_lines(run / "items.jsonl", [{**item, "target": "men", "history": "2019"} for item in items])
+    call(evaluate, "--run", run, "--task", "title2sid", "--limit", 5, "--show", 1, "--exclude-history")
+    assert [p["target"] for p in read_lines(run / "predictions.jsonl")] == [i["item_id"] for i in items[:5]]
+
+
+def test_fewer_than_ten_beams_have_no_hits_at_ten(run, capsys):
+    call(evaluate, "--run", run, "--num-beams", 5, "--memory-from", run / "valid.jsonl")
+    rows = read_lines(run / "metrics.jsonl")
+    assert not any(row["kinds"] for row in rows) and "never seen" not in capsys.readouterr().out
+    assert {row["memory_from"] for row in rows} == {str(run / "valid.jsonl")}
+
+
+def test_shown_prompts_and_keywords_that_are_numbers(run, capsys):
+    rows = read_lines(run / "semantics.jsonl")
+    write_lines(run / "semantics.jsonl", [{**row, "keywords": [12, *row["keywords"]]} for row in rows])
+    samples = read_lines(run / "test.jsonl")
+    write_lines(run / "test.jsonl", [{**sample, "user_id": n} for n, sample in enumerate(samples)])
+    call(evaluate, "--run", run, "--show", 1, "--limit", 3)
+    assert "prompt: The user bought <a_" in capsys.readouterr().out
+    assert [p["user_id"] for p in read_lines(run / "predictions.jsonl")] == [0, 1, 2]
 
 
 def test_history_in_words(run, capsys):

@@ -333,8 +333,8 @@ def test_new_items_are_averaged_as_in_evaluation(run, tmp_path):
         sid = update_sid(checkpoint["sid"], items, targets)             # what this training has as targets
         assert new_items(sid, items) == still_new
         catalogue = stage.load_catalogue(items, tokenizer, sid, CPU)
-        new_rows = torch.tensor([item["item_id"] in still_new for item in items])
-        trie = build_trie(codes, sid["codebook_size"], CPU, new_rows)
+        seen = torch.tensor([item["item_id"] not in still_new for item in items])
+        trie = build_trie(codes, sid["codebook_size"], CPU, codes[seen])
         assert all(map(torch.equal, catalogue.trie.is_new, trie.is_new)) and catalogue.trie.is_new[-1].any()
         leaves = torch.arange(len(catalogue.codes))[None]
         found, scores = beam_search(model, trie, catalogue.sid_ids, [[5, 6, 7]], len(items))
@@ -406,14 +406,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, monkeypatch, capsys, roll
     assert not all(torch.equal(w, weights_of(run / "sft.pt")[name]) for name, w in cut.items())
 
 
-def test_the_resume_file_is_written_at_save_every_and_not_at_validations(run, monkeypatch):
-    saves = []
-    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
+def test_the_resume_file_is_as_new_as_the_best_weights(run, monkeypatch):
+    """It is written with them, and not at validations without gain: it is three times as large."""
+    saves, figures = [], iter([0.1, 0.2, 0.1, 0.3, *[0.0] * 99])        # validation's NDCG@10: start, 1, 2, 3
+    real = stage.validate
+    monkeypatch.setattr(stage, "validate", lambda *a: {**real(*a), "NDCG@10": next(figures)})
     monkeypatch.setattr(stage, "save_progress", lambda path, model, optimizer, state, settings:
-                        saves.append((state["step"], len(state["log"]))))
+                        saves.append((state["step"], state["best"])))
     call(stage, "--run", run, *QUICK, "--eval-every", 1, "--patience", 99)
-    steps = read_lines(run / "rl_log.jsonl")[-1]["step"]
-    assert steps >= 2 and [step for step, _ in saves] == list(range(2, steps + 1, 2))
+    assert saves == [(1, 0.2), (3, 0.3)]
 
 
 def test_two_processes_make_the_updates_of_one(run):

@@ -197,6 +197,8 @@ def test_cached_answers_are_not_asked_again(shop, server, capsys):
 
 def test_dry_run_asks_and_writes_nothing(shop, server, capsys):
     before = sorted(shop.iterdir())
+    call(stage, "--run", shop, "--dry-run")                             # needs no server
+    assert "11 requests" in capsys.readouterr().out and sorted(shop.iterdir()) == before
     call(stage, *flags(shop, server, "--queries", 5, "--dry-run"))
     out = capsys.readouterr().out
     assert server.log == [] and sorted(shop.iterdir()) == before
@@ -336,6 +338,9 @@ def test_good_answers_in_any_wrapping():
     text = "A No. 5 size of 1.5 ft. fits, i.e. most... So do 3. Does it last? It does! End."
     longest = {"description": text, "keywords": [f"word {n}" for n in range(20)]}
     assert stage.parse_meaning(json.dumps(longest), brands=[]) == longest
+    for text in ("Это трубы. Они прочны. Их легко резать.", "École et atelier. Élégants! À poser soi-même.",
+                 "这是管道。它们很结实。容易切割。"):                    # sentences of other alphabets
+        assert stage.parse_meaning(json.dumps({**longest, "description": text}), brands=[])
 
 
 @pytest.mark.parametrize("text, problem", [

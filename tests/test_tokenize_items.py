@@ -845,6 +845,22 @@ def test_bad_input_is_one_line_and_writes_nothing(file, case, toy_data, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_the_run_may_not_be_the_data(toy_data, tmp_path, capsys):
+    data = Path(shutil.copytree(toy_data, tmp_path / "data"))
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    assert_stops(capsys, call, stage, "--data", data, "--run", tmp_path / "." / "data", words=("--run", "--data"))
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path, capsys):
+    lines = [json.dumps({"item_id": n, "title": f"café {n}"}, ensure_ascii=False) for n in range(40)]
+    path = tmp_path / "items.jsonl"
+    path.write_bytes("\n".join(lines).encode().replace("é 20".encode(), "é 20".encode("latin-1")))
+    assert_stops(capsys, stage.read_items, path, words=("items.jsonl, line 21", "UTF-8"))
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())     # a byte-order mark is no part of it
+    assert stage.read_items(path)[0]["title"] == "café 0"
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"user_id": None}, ("'user_id'",)), ({"history": []}, ("empty",)), ({"history": "12"}, ("'history'",)),
     ({"history": [1, 99]}, ("99",)), ({"target": "3"}, ("'3'",)), ({"target": [3]}, ("'target'",))])

@@ -311,7 +311,7 @@ def evaluate_as_scored(run: Path, checkpoint: Path, split: str, out: Path, devic
     num_levels, codebook_size = saved["sid"]["num_levels"], saved["sid"]["codebook_size"]
     pairs = read_pairs(run, saved["args"]["recommends"], split, items, limit=0)
     prompts = prompt_ids(tokenizer, [pair.instruction for pair in pairs])
-    trie = build_trie(torch.from_numpy(codes_of(items)), codebook_size, device, new=None)
+    trie = build_trie(torch.from_numpy(codes_of(items)), codebook_size, device)
     sid_ids = sid_token_ids(tokenizer, num_levels, codebook_size).to(device)
     item_ids = [item["item_id"] for item in items]
     rankings = search_all(model, trie, sid_ids, item_ids, prompts, COLD_BEAMS, batch_tokens=16384)

@@ -120,7 +120,7 @@ def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, pa
     sid, codes, unseen = checkpoint["sid"], codes_of(items), new_items(checkpoint["sid"], items)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes), sid["codebook_size"], device,
-                      torch.tensor([item["item_id"] in unseen for item in items]))
+                      torch.from_numpy(codes[[item["item_id"] not in unseen for item in items]]))
     task = TASKS[checkpoint["args"].get("recommends", "next")]
     template = task.instructions[0] + task.end
     item_of, leaf_of = dict(enumerate(items)), dict(enumerate(leaf_of_items(trie).tolist()))
