@@ -28,8 +28,9 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Sequence
 
-import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "studies")]
@@ -39,6 +40,7 @@ from tokenize_items import (atomic_write, codes_of, make_parser, number, read_ca
 
 GROUPS = ("ours", "rl", "trained", "papers", "half", "indexes")
 FIRST_SEED, FEW = 42, 3                 # scientific, rl and trained have at most so many seeds
+COSTLY = {"demo": 3, "industrial": 1, "scientific": 0}                        # papers and indexes
 HEADS = {"test": ("HR@1", "HR@3", "NDCG@3", "HR@5", "NDCG@5", "HR@10", "NDCG@10"),
          "valid": ("HR@1", "HR@10", "NDCG@10")}
 MODELS = {"sasrec": "SASRec", "tiger.pt": "TIGER-style", "lcrec.pt": "LC-Rec style", "star.pt": "STAR",
@@ -79,7 +81,7 @@ def run_steps(run: Path, seed: int, data: str, groups: list[str], filtered: bool
         steps["rl"] = Step(f"rl.py {common} --reward hit:1,rank:1 --resume", ("sft_test",))
         steps["rl_valid"] = Step(f"{rl} --split valid", ("rl",))
         steps["rl_test"] = Step(rl, ("rl_valid",))
-    if "papers" in groups and seed < FIRST_SEED + FEW:
+    if "papers" in groups and seed < FIRST_SEED + COSTLY[run.name.split("-")[0]]:
         steps |= paper_steps(run, common)
     if "trained" in groups and seed < FIRST_SEED + FEW:
         for method in ("sasrec", "tiger"):
@@ -222,16 +224,13 @@ def half_table(run: Path) -> str:
 
 
 def perplexities(run: Path) -> list[float]:
-    """How many codes of each level are in even use, from the run's SIDs."""
-    found = []
-    for codes in codes_of(read_catalogue(run / "items.jsonl")).T:
-        shares = np.bincount(codes) / len(codes)
-        shares = shares[shares > 0]
-        found.append(float(np.exp(-(shares * np.log(shares)).sum())))
-    return found
+    """How many codes of each level are in even use, as tokenize_items.print_levels has it; from the SIDs."""
+    codes = torch.from_numpy(codes_of(read_catalogue(run / "items.jsonl")))
+    shares = [torch.bincount(level).double() / len(level) for level in codes.T]
+    return [float(torch.special.entr(share).sum().exp()) for share in shares]
 
 
-def index_table(out: Path, name: str, seeds: list[int]) -> str:
+def index_table(out: Path, name: str, seeds: Sequence[int]) -> str:
     """Each way to make SIDs: error and collisions from stage 1's output, use of the codes, ranking."""
     heads = ["SIDs", "seeds", "mse", "collisions", "perplexity", "valid HR@10", "NDCG@10", "test HR@10",
              "NDCG@10", "with memory", "NDCG@10"]
@@ -240,7 +239,7 @@ def index_table(out: Path, name: str, seeds: list[int]) -> str:
         runs = [out / ("" if index == "kmeans" else index) / f"{name}-{seed}" for seed in seeds]
         measured[index] = [run for run in runs if figures(run, "sft.pt", "test")]
     measured = {index: runs for index, runs in measured.items() if runs}
-    if list(measured) in ([], ["kmeans"]):
+    if set(measured) <= {"kmeans"}:
         return ""
     for index, runs in measured.items():
         logs = [(run / "log" / "items.txt").read_text(encoding="utf-8") for run in runs]
@@ -279,8 +278,7 @@ def all_tables(out: Path, runners: list[Runner]) -> str:
             text += table(f"{name}, test, --exclude-history", runs, "test", filtered=True)
         text += kinds_table(f"{name}, seed 42, test: HR@1 / HR@10 by what training has shown", runs[0])
         text += codes_table(f"{name}, seed 42, test: the best item's codes", runs[0])
-        seeds = [int(run.name.split("-")[1]) for run in runs][:FEW if name == "demo" else 1]
-        text += index_table(out, name, seeds)
+        text += index_table(out, name, range(FIRST_SEED, FIRST_SEED + COSTLY[name]))
     if "industrial" in names:
         text += half_table(out / "industrial-42")
     return text + times_table(runners)
@@ -325,13 +323,11 @@ def main() -> int:
         for name, data in catalogues.items():
             if name != "scientific" or seed < FIRST_SEED + FEW:
                 run = out / f"{name}-{seed}"
-                own = [group for group in groups if group != "papers" or name == "demo" or
-                       (name, seed) == ("industrial", FIRST_SEED)]
-                steps = run_steps(run, seed, data, own, name == "scientific")
+                steps = run_steps(run, seed, data, groups, name == "scientific")
                 if "half" in groups and (name, seed) == ("industrial", 42):
                     steps |= half_steps(run)
                 runners.append(Runner(run, steps, args.device, threads))
-            if "indexes" in groups and seed < FIRST_SEED + (FEW if name == "demo" else name == "industrial"):
+            if "indexes" in groups and seed < FIRST_SEED + COSTLY[name]:
                 others += index_runs(out, seed, name, data, args.device, threads)
     failed = []
     if not args.print:
