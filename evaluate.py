@@ -2,7 +2,7 @@
 
 The search reads each prompt once. Beams are query positions of one sequence: a 4-D mask lets each beam
 token see its user's prompt and its own ancestors. The prompt's keys and values are never copied per beam,
-and nothing is re-ordered when beams change parents. Logits are computed for a level's K tokens only.
+and nothing is re-ordered when beams change parents.
 TS-Rec (arXiv 2602.22632), 5.1.2: full ranking, 20 beams. `--task` asks another task of train.py: search
 (STAR, 3.2), or title2sid (TS-Rec, 5.5).
 
@@ -10,8 +10,8 @@ A memory stands beside the model, as in kNN-LM (arXiv 1911.00172), with counts o
 
     p(item | history) = (1 - lambda m) p_LM(item | history) + lambda p_memory(item | history)
 
-p_memory sums to m: near 1 if the history's items have many counts, 0 if they have none. The search mixes
-exactly: a prefix has the mass of its items.
+p_memory sums to m: near 1 if the history's items have many counts, 0 if they have none. A prefix has the
+sum of its items, so the search is exact.
 
 Reads   RUN/sft.pt (or --checkpoint), items.jsonl, test.jsonl (or valid), train.jsonl (what is counted),
         queries.jsonl (for search), semantics.jsonl (meanings of tokens, if it exists)
@@ -43,10 +43,10 @@ from transformers import DynamicCache, GenerationConfig
 
 from extract_semantics import read_queries, read_semantics
 from init_embeddings import (
-    Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, load_model, new_items, read_in_bf16,
-    sid_token_ids)
+    Trie, autocast, build_trie, check_lengths, expand, leaf_of_items, length_batches, load_model, new_items,
+    read_in_bf16, sid_token_ids)
 from tokenize_items import (
-    ID, codes_of, length_batches, make_parser, number, read_catalogue, read_jsonl, read_samples, set_up, stop,
+    ID, codes_of, make_parser, number, read_catalogue, read_jsonl, read_samples, set_up, stop,
     write_jsonl)
 from train import TASKS, history_fields, make_pairs, prompt_ids
 
@@ -57,14 +57,13 @@ KINDS = ("in the history", "followed the last item in train", "paired in train w
          "seen in train", "never seen")
 EXPORTED = """# A recommender that generates semantic IDs (SIDs)
 
-Load it with AutoModelForCausalLM and AutoTokenizer, or serve it with any engine for such models.
 A prompt is plain text, without a chat template:
 
     {prompt!r}
 
 The answer is {levels} tokens, the SID of the next item; sids.jsonl says which item that is. Without a
-constraint the model can generate a SID that no item has: give the engine the SIDs as its list of choices.
-Beam search finds several items. The memory of evaluate.py is not in this folder.
+constraint the answer need not be a SID: give the engine the SIDs as its list of choices. The memory
+is not in this folder.
 """
 SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 
@@ -72,8 +71,8 @@ SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 def count_pairs(samples: list[dict]) -> dict:
     """Skip-gram counts as shares n / (total + 10): item_id -> {item_id: share}.
 
-    Each item of a sample's history is a pair with the target. It counts 0.5 ** (items between them), the
-    reverse pair half as much. Samples that continue each other count each pair of a sequence once.
+    Each of the last ten items of a sample's history is a pair with the target. It counts 0.5 ** (items
+    between them), the reverse pair half as much. So a user's pairs count once.
     """
     counts: defaultdict = defaultdict(Counter)
     for sample in samples:
@@ -230,7 +229,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
     """Rank the catalogue `item_ids` (N,) for every prompt; -> up to `num_beams` SIDs for each.
 
     skip: items to leave out, by searching with as many more beams.
-    recalled: p_memory for every prompt, {item_id: mass}, with its weight (lambda); it orders a SID's items.
+    recalled: p_memory for every prompt, {item_id: mass}, with its weight (lambda); it sorts a SID's items.
     """
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     skip = skip or [set()] * len(prompts)
@@ -290,7 +289,7 @@ def yardsticks(train: list[dict], samples: list[dict], item_ids: list, skip: lis
     return rankings
 
 def what_training_showed(train: list[dict], pairs: dict, samples: list[dict]) -> list[str]:
-    """For each sample one of KINDS: what a count of train.jsonl can know of its target."""
+    """For each sample one of KINDS: how train.jsonl connects history and target."""
     adjacent = {(sample["history"][-1], sample["target"]) for sample in train}
     seen = {i for sample in train for i in (*sample["history"], sample["target"])}
     kinds = []
@@ -367,7 +366,7 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
     print("recommendations (rank, log-probability, memory's share):")
     for n, (item_id, score) in enumerate(zip(ranking.items[:10], ranking.scores), 1):
         mark = "  <-- target" if item_id == target else ""
-        share = min(1, masses.get(item_id, 0) / math.exp(score))
+        share = min(1, masses.get(item_id, 0) / max(1e-300, math.exp(score)))
         print(f"  {n:>2} {score:>6.2f} {share:>4.0%} {in_words(item_id)}{mark}")
     if target is not None:
         rank = rank_of(target, ranking.items)
@@ -483,7 +482,7 @@ def main() -> None:
                       torch.from_numpy(codes_of(seen)) if unseen else None)
     num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
     start, found = time.time(), {}
-    for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # below: the last
+    for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # the last one is shown
         name = f"{path.name} + memory {weight:g}" if weight else path.name
         found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,
                                             args.batch_tokens, skip, recalled, weight)
@@ -491,8 +490,8 @@ def main() -> None:
 
     # Some users in words
     targets = [row.get("target" if of_users else "item_id") for row in rows]
-    path = run / "semantics.jsonl"
-    meanings = read_semantics(path, items) if path.exists() else []
+    meanings = run / "semantics.jsonl"
+    meanings = read_semantics(meanings, items) if meanings.exists() else []
     keywords = {row["token"]: row["keywords"] for row in meanings}
     for n in range(1 if args.history else min(args.show, len(rows))):
         masses = {item_id: weight * mass for item_id, mass in recalled[n].items()}

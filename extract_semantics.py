@@ -13,10 +13,10 @@ Writes  RUN/semantics.jsonl: {"token": "<a_12>", "description": str, "keywords":
 
 Differs from the paper
   1. `--teacher tfidf` (default) is not a language model. Descriptions fill a template, queries are words
-     of the title. It keeps the rules of appendix A.1: no brands, no numbers.
+     of the title. Keywords have no brands or numbers, as in A.1.
   2. `--teacher http` gets the papers' prompts, shortened. A bad answer is asked for again, with what was
      wrong. If it is still bad, tfidf takes its place, as "source" says.
-  3. STAR (appendix A.1.2) writes 5 queries per item. Here one of each item's is for testing.
+  3. STAR (appendix A.1.2) writes 5 queries per item. Here one per item is for testing.
 
 Examples
   python extract_semantics.py  # the demo, 1 s
@@ -46,7 +46,7 @@ from tokenize_items import (
     ID, make_parser, number, parse_sid_token, read_catalogue, read_jsonl, stop, write_jsonl)
 
 MIN_KEYWORDS, MAX_KEYWORDS, TFIDF_KEYWORDS = 10, 20, 15
-DESCRIPTION_WEIGHT = 0.3  # of a word that is in an item's description but not in its title
+DESCRIPTION_WEIGHT = 0.3  # of a word that only an item's description has
 STOP_WORDS = frozenset("""
 about above after all also and any are based because been before below best between both brand but can color
 comes different does each easy etc every extra feature features for from full get good great has have here
@@ -84,9 +84,9 @@ Use the language of real users; vary length and specificity.
 
 Answer in pure JSON, without any other text, {count} objects: [{{"query": "..."}}, ...]"""
 ASK_AGAIN = "That answer cannot be used: {problem}. Give the corrected JSON, without any other text."
-MAX_TEXT = 1000  # characters of an item's description in a prompt
+MAX_TEXT = 1000  # characters of each field in a prompt
 RETRIES = 2      # how often a bad answer is asked for again
-TIMEOUT = 120    # seconds without a sign of the server
+TIMEOUT = 10, 600  # seconds to connect, to answer
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
 # ---- Clusters (eq. 6) --------------------------------------------
@@ -98,9 +98,9 @@ def make_clusters(items: list[dict]) -> dict[str, list[dict]]:
             clusters[token].append(item)
     return {token: clusters[token] for token in sorted(clusters, key=parse_sid_token)}
 
-# ---- The offline teacher (eq. 7): class-based TF-IDF -------------
+# ---- The offline teacher (eq. 7): TF-IDF of a cluster ------------
 def words_of(text: str) -> list[str]:
-    """Words in lower case, and punctuation: "Steel rod, 5mm" -> ["steel", "rod", ",", "5mm"]."""
+    """Words, and what parts them: "Steel rod, 5mm" -> ["steel", "rod", ",", "5mm"]."""
     return re.findall(r"[^\W_]+|[^\w\s]", text.lower())
 
 def find_brand_words(items: list[dict]) -> set[str]:
@@ -125,9 +125,9 @@ def weigh_terms(item: dict, blocked: set[str]) -> dict[str, float]:
     return weights
 
 def choose_keywords(sample: list[dict[str, float]], frequency: Counter, num_items: int) -> list[str]:
-    """The terms with the highest share of the sample, times log(N / items that use them).
+    """The terms with the highest (share of the sample) * log(N / items that use them).
 
-    A term of a single item comes last. A term whose words are all chosen already is skipped.
+    A term of a single item counts 0. A term whose words are all chosen already is skipped.
     """
     score = Counter()
     for weights in sample:
@@ -168,12 +168,9 @@ class Question(NamedTuple):
     read: Callable
 
 def item_json(item: dict) -> str:
-    """An item's texts as one line of JSON, without empty fields, a long description cut."""
-    texts = {}
-    for field in ("title", "brand", "categories", "description"):
-        text = " ".join(item[field].split())[:MAX_TEXT]
-        if text:
-            texts[field] = text
+    """An item's texts as one line of JSON, without empty fields, long ones cut."""
+    fields = ("title", "brand", "categories", "description")
+    texts = {field: " ".join(item[field].split())[:MAX_TEXT] for field in fields if item[field].strip()}
     return json.dumps(texts, ensure_ascii=False)
 
 def make_questions(samples: dict[str, list[dict]], items: list[dict],
@@ -206,7 +203,8 @@ def parse_meaning(text: str, brands: list[str]) -> dict:
     if not isinstance(description, str) or not isinstance(keywords, list):
         raise ValueError('it must be JSON with a string "description" and a list "keywords"')
     description, keywords = description.strip(), distinct([str(keyword) for keyword in keywords])
-    sentences = len(re.findall(r"[.!?](?=\s+\W*[^\W\d_a-z]|\W*$)|[。！？]", description))
+    # An end mark counts before a capital, and at the end
+    sentences = len(re.findall(r"[.!?](?=\s+\W*[^\W\d_a-z]|\W*$)|[。！？।۔؟]", description))
     if "\n" in description or not 3 <= sentences <= 5:
         raise ValueError(f"the description must be one paragraph of 3 to 5 sentences, not {sentences}")
     if not MIN_KEYWORDS <= len(keywords) <= MAX_KEYWORDS:
@@ -232,20 +230,20 @@ def parse_queries(text: str, count: int) -> list[str]:
 # ---- Asking an OpenAI-compatible server --------------------------
 def open_session(key: str, workers: int) -> requests.Session:
     """A session that sends the key, and tries again after transient failures."""
-    def add_key(request):  # passed as `auth`, because ~/.netrc would replace a header
+    def add_key(request):  # as `auth`: ~/.netrc would replace a header
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         return request
     session = requests.Session()
     session.auth = add_key
-    retry = Retry(total=6, connect=2, backoff_factor=1, status_forcelist=TRANSIENT, allowed_methods=None,
-                  raise_on_status=False)
+    retry = Retry(total=6, connect=2, read=2, backoff_factor=1, status_forcelist=TRANSIENT,
+                  allowed_methods=None, raise_on_status=False)
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=workers))
     return session
 
 def ask(session: requests.Session, url: str, model: str, question: Question) -> dict | list | None:
-    """Ask until the answer can be read, 1 + RETRIES times at most, or None."""
+    """The first answer that can be read, of 1 + RETRIES; or None."""
     chat = [{"role": "user", "content": question.prompt}]
     for _ in range(1 + RETRIES):
         body = {"model": model, "messages": chat}
@@ -253,12 +251,12 @@ def ask(session: requests.Session, url: str, model: str, question: Question) -> 
         if reply.status_code != 200:
             raise requests.HTTPError(f"status {reply.status_code}: {' '.join(reply.text.split())}")
         try:
-            text = str(reply.json()["choices"][0]["message"]["content"])
+            text = str(reply.json()["choices"][0]["message"]["content"] or "")
         except (ValueError, LookupError, TypeError):
             raise requests.HTTPError("the reply is not a chat completion; check --base-url") from None
         try:
             return question.read(text)
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             chat = [chat[0], {"role": "assistant", "content": text or "(nothing)"},
                     {"role": "user", "content": ASK_AGAIN.format(problem=error)}]
     return None
@@ -337,7 +335,7 @@ def read_queries(path: Path, known: set, split: str) -> list[dict]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed")
     flag = parser.add_argument
-    flag("--teacher", choices=("tfidf", "http"), default="tfidf", help="offline, or an OpenAI-like server")
+    flag("--teacher", choices=("tfidf", "http"), default="tfidf", help="offline, or a server like OpenAI's")
     flag("--sample", type=number(int, 1), default=20, help="items per token for the teacher")
     flag("--queries", type=number(int, 0), default=0, help="search queries per item; 0: none; STAR: 5")
     flag("--base-url", default="", help="what comes before /chat/completions")
@@ -358,11 +356,10 @@ def main() -> None:
     items = read_catalogue(run / "items.jsonl")
     clusters, samples = make_clusters(items), {}
     for token, cluster in clusters.items():
-        rng = random.Random(f"{args.seed} {token}")  # other tokens do not change its draws
+        rng = random.Random(f"{args.seed} {token}")  # whatever the other tokens
         samples[token] = rng.sample(cluster, min(args.sample, len(cluster)))
-    sizes = sorted(len(cluster) for cluster in clusters.values())
-    print(f"teacher {args.teacher} | {len(items)} items, {len(clusters)} SID tokens in use | items per "
-          f"token: min {sizes[0]}, median {sizes[len(sizes) // 2]}, max {sizes[-1]}, shown {args.sample}")
+    print(f"teacher {args.teacher} | {len(items)} items, {len(clusters)} SID tokens in use, "
+          f"{max(map(len, clusters.values()))} items at most for a token, {args.sample} of them shown")
 
     answers = {}
     if args.teacher == "http" or args.dry_run:
@@ -372,7 +369,7 @@ def main() -> None:
         questions = make_questions(samples, items, args.queries)
         if args.dry_run:
             letters = sum(len(question.prompt) for question in questions.values())
-            print(f"{len(questions)} requests, less those cached | about {letters // 4} tokens in")
+            print(f"{len(questions)} requests, less those cached | about {letters // 4} input tokens")
             print(f"the first prompt:\n{next(iter(questions.values())).prompt}")
             return
         answers = ask_all(questions, run / "teacher_cache.jsonl", args.base_url, args.teacher_model, key,
@@ -393,7 +390,6 @@ def main() -> None:
     write_jsonl(run / "semantics.jsonl", rows)
     for row in rows[::max(1, len(rows) // 3)][:3]:
         print(f"example | {row['token']} {row['n_items']} items: {', '.join(row['keywords'])}")
-        print(f"        | {row['description']}")
     print(f"wrote {run}/semantics.jsonl")
 
     if args.queries:

@@ -14,8 +14,8 @@ Writes  RUN/init.pt: config, tokenizer, weights and SID vocabulary in one file
 Differs from the paper
   1. `--backbone tiny` (default) builds a small Qwen2-shaped LM and pretrains it on the item texts.
   2. `--sa-norm`: none is eq. 9 as printed. vocab rescales each row to the vocabulary's average norm, as
-     the authors' code does. centered (default) moves the SA rows' mean to the text rows' mean, and each
-     row to their average distance from it.
+     the authors' code does. centered (default) moves the SA rows' mean to the text rows' mean, then each
+     row to the text rows' average distance from it.
   3. An untied LM head is initialised in the same way, from its own rows.
 
 Examples
@@ -124,7 +124,7 @@ def mean_cosine(rows: Tensor) -> float:
     return ((unit.sum(0).square().sum() - len(unit)) / max(1, len(unit) * (len(unit) - 1))).item()
 
 def show_neighbours(model, tokenizer, sid_ids: Tensor, used: list[str], count: int = 6) -> None:
-    """Print the five text tokens nearest to some SID tokens (cosine less the mean)."""
+    """Print the five text tokens nearest to some SID tokens (cosine of centered rows)."""
     weight = model.get_input_embeddings().weight.detach()
     mu = weight[:int(sid_ids.min())].mean(0)
     unit = F.normalize(weight - mu, dim=1)
@@ -138,10 +138,10 @@ def show_neighbours(model, tokenizer, sid_ids: Tensor, used: list[str], count: i
 def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
     """Next-token prediction on windows of tokens (n,); -> loss of the last steps."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.95, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)  # and beta1
     window, losses = min(PRETRAIN_WINDOW, len(tokens) - 1), []
-    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")  # slow backward on a CPU
+    torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")  # slow on a CPU
     model.train()
     for _ in tqdm(range(steps), desc="pretrain", unit="step", disable=None):
         starts = torch.randint(len(tokens) - window, (PRETRAIN_BATCH, 1), generator=generator)
@@ -197,7 +197,7 @@ def check_head(model, name: str) -> None:
 
 # ---- Low-rank adapters (train.py --lora) and dropout ------------
 class LoRA(nn.Module):
-    """y = W x + alpha / R * B A dropout(x), with W frozen and B = 0 at first (arXiv 2106.09685)."""
+    """y = W x + alpha / R * B A dropout(x), with B = 0 at first (arXiv 2106.09685)."""
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
         device = linear.weight.device
@@ -275,15 +275,8 @@ def save_model(path: str | Path, model, tokenizer, sid: dict, **extra) -> None:
                     "tokenizer": tokenizer.backend_tokenizer.to_str(), "special": special, "sid": sid,
                     **extra}, temporary)
 
-def explain_full_memory(kind, error, trace) -> None:
-    """The hook for uncaught errors: one line if the GPU's memory is full."""
-    if issubclass(kind, torch.OutOfMemoryError):
-        stop("the GPU's memory is full; lower --micro-tokens, or --batch-tokens of evaluate.py")
-    sys.__excepthook__(kind, error, trace)
-
 def load_model(path: str | Path, device: torch.device, items: list[dict] | None = None):
     """Read a checkpoint of these items; -> model in eval mode, tokenizer, other entries."""
-    sys.excepthook = explain_full_memory
     checkpoint = load_pt(path, ("config", "weights", "tokenizer", "special", "sid"))
     config, weights = json.loads(checkpoint.pop("config")), checkpoint.pop("weights")
     if items is not None:
@@ -327,7 +320,7 @@ def count_parameters(model) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 def check_lengths(longest: int, config, in_search: bool = False) -> float:
-    """Stop if a sequence is too long; -> the limit. The search's cache must fit a sliding window."""
+    """Stop if a sequence is too long, in search also for a sliding window; -> the limit."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     limit = min(limit, window) if in_search and window else limit
@@ -335,6 +328,15 @@ def check_lengths(longest: int, config, in_search: bool = False) -> float:
         stop(f"the longest sequence has {longest} tokens, the backbone reads {limit}; give shorter histories "
              "(--max-history), or leave out tasks with long texts")
     return limit
+
+def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Group rows of similar length into batches of at most `max_tokens` tokens with padding."""
+    batches = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if not batches or lengths[row] * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 # ---- The trie as flat tensors: for train.py, evaluate.py and rl.py ----
 class Trie(NamedTuple):
@@ -385,8 +387,7 @@ def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
     """Give new children the mean probability of their old siblings; logits, new (B, W, M).
 
-    The model has never seen a new item's code follow its prefix. By its own scores it would almost never
-    recommend that item.
+    The model itself would hardly recommend a code that it never saw there.
     """
     old = logits.masked_fill(new, -torch.inf)
     count = (old > -torch.inf).sum(-1, keepdim=True)
@@ -416,11 +417,11 @@ def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -
     slot = path[level] - trie.first_child[level][parents]
     return log_probs.expand(-1, slot.shape[1], -1).gather(-1, slot[..., None]).squeeze(-1)
 
-# ---- Several processes, interrupts, resuming: for train.py and rl.py ----
+# ---- Processes, interrupts, optimizer, resuming: for train.py and rl.py ----
 def join_processes(device_name: str, seed: int) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes, of torchrun if any. Only rank 0 prints."""
     device = set_up(device_name, seed)
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # slow backward on a CPU
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # slow on a CPU
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
@@ -494,6 +495,16 @@ def load_progress(path: Path, model, optimizer, settings: dict) -> dict:
     optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
 
+def fingerprint(model, sid_ids: Tensor) -> int:
+    """The sum of the SID rows' bits, to tell checkpoints apart."""
+    return model.get_input_embeddings().weight.detach()[sid_ids].view(torch.int32).sum().item()
+
+def output_paths(out: Path) -> tuple[Path, Path, Path]:
+    """A checkpoint, its log, and what --resume needs; stops if `out` is a folder."""
+    if out.is_dir():
+        stop(f"--out {out}: is a folder; name a file in it")
+    return out, *(out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
+
 # ---- Command line ------------------------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
@@ -539,11 +550,11 @@ def main() -> None:
     else:
         model, tokenizer = load_backbone(args.backbone, device)
     check_head(model, args.backbone)
+    keyword_ids = {parse_sid_token(token): tokenizer(" " + text, add_special_tokens=False).input_ids
+                   for token, text in keywords.items()}
     sid_ids = extend_vocabulary(model, tokenizer, num_levels, codebook_size)
     check_tokens(tokenizer, sid_ids)
 
-    keyword_ids = {parse_sid_token(token): tokenizer(" " + text, add_special_tokens=False).input_ids
-                   for token, text in keywords.items()}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     matrices = {"embedding, tied": embedding} if embedding is head else {"embedding": embedding, "head": head}
     for name, weight in matrices.items():
@@ -561,7 +572,7 @@ def main() -> None:
     sid = {"num_levels": num_levels, "codebook_size": codebook_size, "num_items": len(items),
            "digest": sid_digest(items), "new_items": []}
     save_model(out, model, tokenizer, sid, stage="init", args=vars(args), step=0, metrics={})
-    print(f"wrote {out}: {count_parameters(model):.2f} M parameters, {len(weight)} rows")
+    print(f"wrote {out}: {count_parameters(model):.2f} M parameters, {len(embedding)} rows")
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,10 @@ For each prompt x the policy pi proposes a group of G SIDs y. Their rewards r ar
 
 Reads   RUN/sft.pt (or --from), items.jsonl, train.jsonl, valid.jsonl (only to validate)
 Writes  RUN/rl.pt (the weights with the best validation NDCG@10, the SFT model's included), rl_log.jsonl;
-        rl_resume.pt while it runs
+        rl_resume.pt with each new best and after Ctrl-C
 
 Differs from the paper and from MiniOneRec
-  1. Probabilities are over the trie's children at each level, in rollouts and in the update alike.
+  1. Probabilities are over the trie's children at each level, in rollouts and in the update.
   2. The group is MiniOneRec's beams. `--rollout sample` draws distinct SIDs without replacement.
   3. A group with equal rewards is dropped from both terms. It still counts in the batch's mean.
   4. The reference stays the SFT model. There is no dropout.
@@ -37,11 +37,12 @@ from tqdm import tqdm
 
 from evaluate import SID_TASKS, beam_search, prefill, rank_metrics, rank_of, read_tokens, search_all
 from init_embeddings import (
-    Trie, build_trie, catch_interrupts, check_lengths, count_parameters, join_processes, leaf_of_items,
-    learning_rate, leave_processes, load_model, load_progress, new_items, path_log_probs, read_in_bf16,
-    save_model, save_progress, sid_token_ids, sum_gradients, sum_over_processes, trie_paths, update_sid)
+    Trie, build_trie, catch_interrupts, check_lengths, count_parameters, fingerprint, join_processes,
+    leaf_of_items, learning_rate, leave_processes, length_batches, load_model, load_progress, new_items,
+    output_paths, path_log_probs, read_in_bf16, save_model, save_progress, sid_token_ids, sum_gradients,
+    sum_over_processes, trie_paths, update_sid)
 from tokenize_items import (
-    codes_of, length_batches, make_parser, number, read_catalogue, read_samples, stop, write_jsonl)
+    codes_of, make_parser, number, read_catalogue, read_samples, stop, write_jsonl)
 from train import make_pairs, parse_weights, prompt_ids, read_data
 
 # Shapes: B prompts, T prompt tokens, G rollouts, L levels, K codes, M most children, D width.
@@ -66,8 +67,8 @@ class Catalogue(NamedTuple):
 def rank_penalty(hits: Tensor, scores: Tensor) -> Tensor:
     """MiniOneRec's ranking-aware penalty; hits, scores (B, G) -> (B, G).
 
-    In a group with a hit, a miss gets -1 / log2(rank + 1), where rank 1 is what the policy holds most
-    likely; the costs of all ranks are scaled to sum to one. The hit, and groups without one, get 0.
+    In a group with a hit, a miss gets -c(rank) / sum of c, where c = 1 / log2(rank + 1) and rank 1 is the
+    policy's most likely. The hit, and groups without one, get 0.
     """
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     cost = 1 / torch.log2(rank + 1.0)
@@ -117,7 +118,7 @@ def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves
     path = trie_paths(trie, leaves)
     tokens = torch.cat([sid_ids[level][trie.codes[level][path[level]]] for level in range(depth)], 1)
     level_of = torch.arange(depth, device=device).repeat_interleave(group)  # of each token
-    rollout_of = torch.arange(group, device=device).repeat(depth)
+    rollout_of = torch.arange(group, device=device).repeat(depth)  # -1 below: none
     ancestors = [torch.where(level_of >= level, rollout_of, -1).expand(batch, -1) for level in range(depth)]
     prefix = prefill(model, prompts, precision)
     hidden = read_tokens(model, tokens, prefix, level_of, ancestors, [group] * depth, precision)
@@ -141,7 +142,7 @@ class Group(NamedTuple):
 
 def roll_out(model, catalogue: Catalogue, batch: list[Prompt], group_size: int, mix: dict[str, float],
              sample: torch.Generator | None, micro_tokens: int) -> tuple[list[Group], Counter]:
-    """Propose and judge a group per prompt; -> groups whose rewards differ, sums to log."""
+    """Propose and judge a group per prompt; -> groups to train on, sums for the log."""
     groups, sums = [], Counter(groups=0, dropped=0, reward=0.0, hits=0, entropy=0.0)
     for rows in length_batches([len(prompt.ids) + group_size for prompt in batch], micro_tokens):
         prompts = [batch[row].ids for row in rows]
@@ -156,13 +157,13 @@ def roll_out(model, catalogue: Catalogue, batch: list[Prompt], group_size: int, 
         sums.update(
             groups=len(rows), dropped=(~differ).sum().item(), reward=rewards.mean(1).sum().item(),
             hits=(leaves == targets[:, None]).any(1).sum().item(),
-            entropy=-(scores.softmax(1) * scores).sum().item())
+            entropy=-(scores.softmax(1) * scores.log_softmax(1)).sum().item())
     return groups, sums
 
 def update(model, reference, optimizer, catalogue: Catalogue, groups: list[Group], num_groups: int,
            updates: int, clip_eps: float, kl_coef: float, max_grad_norm: float, micro_tokens: int,
            precision: str) -> Counter:
-    """The optimizer steps on one batch, of `num_groups` over all processes; -> sums to log."""
+    """The optimizer steps on one batch, of `num_groups` over all processes; -> sums for the log."""
     sums = Counter(kl=0.0, clipped=0.0, grad_norm=0.0)
     if sum_over_processes(torch.tensor(len(groups), device=model.device)) == 0:
         return sums
@@ -227,11 +228,11 @@ def show(row: dict, names) -> str:
 
 # ---- Data --------------------------------------------------------
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
-    """The trie; new items that were never a target are averaged."""
+    """The trie; new items count as the average of their siblings."""
     unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
     seen = torch.tensor([item["item_id"] not in unseen for item in items])
     trie = build_trie(codes, sid["codebook_size"], device, codes[seen] if unseen else None)
-    codes = codes[trie.leaf_items[trie.leaf_start[:-1]]].to(device)
+    codes = codes[trie.leaf_items[trie.leaf_start[:-1]]].to(device)  # of each leaf's first item
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     return Catalogue(trie, sid_ids, codes, [item["item_id"] for item in items])
 
@@ -254,7 +255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/sft.pt")
     flag("--out", help="checkpoint to write, instead of RUN/rl.pt")
-    flag("--resume", action="store_true", help="continue a run if it was interrupted")
+    flag("--resume", action="store_true", help="continue an interrupted run")
     flag("--tasks", type=lambda text: list(parse_weights(text, SID_TASKS, "task with an item's SID")),
          help="default: the checkpoint's; no shares")
     flag("--reward", type=lambda text: parse_weights(text, REWARDS, "reward"), default="hit:1",
@@ -263,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--group-size", type=number(int, 2), default=16, help="G, rollouts per prompt")
     flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL to the SFT model")
     flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="clip range of the ratio")
-    flag("--updates-per-rollout", type=number(int, 1), default=1, help="updates per batch of rollouts")
+    flag("--updates-per-rollout", type=number(int, 1), default=1, help="above 1, the clip acts")
     flag("--epochs", type=number(int, 1), help="passes over the prompts; see PRESETS")
     flag("--lr", type=number(float, 0), help="peak learning rate; see PRESETS")
     flag("--batch-size", type=number(int, 1), help="prompts per update; see PRESETS")
@@ -271,7 +272,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--micro-tokens", type=number(int, 1), default=4096, help="tokens per forward pass")
     flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="as in train.py")
     flag("--patience", type=number(int, 1), default=5, help="validations without gain, then stop")
-    flag("--eval-users", type=number(int, 0), default=0, help="validate on so many users; 0: all")
     flag("--log-every", type=number(int, 1), default=10, help="updates per log line")
     return parser.parse_args(argv)
 
@@ -279,9 +279,9 @@ def main() -> None:
     args = parse_args()
     device, rank, world = join_processes(args.device, args.seed)
     run = Path(args.run)
+    out, log_path, resume_path = output_paths(Path(args.out or run / "rl.pt"))
     items = read_catalogue(run / "items.jsonl")
-    origin = Path(args.start or run / "sft.pt")
-    model, tokenizer, checkpoint = load_model(origin, device, items)
+    model, tokenizer, checkpoint = load_model(args.start or run / "sft.pt", device, items)
     args.backbone = checkpoint["args"]["backbone"]
     for key, value in PRESETS["tiny" if args.backbone == "tiny" else "hf"].items():
         if getattr(args, key, None) is None:
@@ -295,8 +295,6 @@ def main() -> None:
     catalogue = load_catalogue(items, tokenizer, sid, device)
     train = read_prompts(tokenizer, args.tasks, data, catalogue.trie)
     valid = read_samples(run / "valid.jsonl", set(catalogue.item_ids))
-    if args.eval_users:
-        valid = random.Random(args.seed).sample(valid, min(args.eval_users, len(valid)))
     pairs = make_pairs(args.recommends, {"items": items, "samples": valid})
     prompts = prompt_ids(tokenizer, [pair.instruction for pair in pairs])
     longest = max(len(ids) for ids in [*prompts, *(prompt.ids for prompt in train)])
@@ -310,10 +308,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {len(train)} prompts | "
           f"{len(valid)} to validate | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
-    out = Path(args.out or run / "rl.pt")
-    log_path, resume_path = (out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
-    bits = model.get_input_embeddings().weight.detach()[catalogue.sid_ids].view(torch.int32)
-    settings = {**vars(args), "prompts": len(train), "processes": world, "reference": bits.sum().item()}
+    settings = {**vars(args), "prompts": len(train), "processes": world,
+                "SID rows": fingerprint(model, catalogue.sid_ids)}
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)
         print(f"continuing after update {state['step']}")
@@ -376,10 +372,8 @@ def main() -> None:
             save_progress(resume_path, model, optimizer, state, settings)
 
     bar.close()
-    best_row = next(row for row in log if row.get("NDCG@10") == best)
-    print(f"valid | {origin.name:<12} | {show(log[0], SHOWN)}")
-    print(f"valid | {out.name:<12} | {show(best_row, SHOWN)} | step {best_row['step']}"
-          + ("" if best_row["step"] else f": no step was better than {origin.name}"))
+    for row in (log[0], max(log, key=lambda row: row.get("NDCG@10", 0))):
+        print(f"valid | step {row['step']} | {show(row, SHOWN)}")
     if rank == 0 and not leave:
         resume_path.unlink(missing_ok=True)
     print(f"stopped after update {step}: continue with --resume" if leave else f"wrote {out}, {log_path}")

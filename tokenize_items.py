@@ -7,7 +7,7 @@ TS-Rec (arXiv 2602.22632), section 3.2.1:
     Eq. 1   C_l = K-means(R_l, K)                      R_1 = X, the (N, D) item vectors
     Eq. 2   s_il = argmin_k || R_il - C_lk ||          Eq. 3   R_i,l+1 = R_il - C_l,s_il
 
-Reads   DATA/items.jsonl; DATA/train|valid|test.jsonl (an official split) or DATA/interactions.jsonl
+Reads   DATA/items.jsonl; DATA/train|valid|test.jsonl (a ready split) or DATA/interactions.jsonl
 Writes  RUN/items.jsonl (the input plus "sid": ["<a_12>", "<b_7>", "<c_3>"]), train|valid|test.jsonl,
         codebook.pt (centroids (L, K, D) and the encoder, for new items later)
 
@@ -15,9 +15,8 @@ Differs from the papers
   1. `--encoder lsa` (default) needs no download. TS-Rec uses Qwen3-Embedding-4B.
   2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any (`random`).
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
-  4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates than STAR.
-  5. `--collision sinkhorn` spreads all colliding items of a prefix at once; LC-Rec does so for each SID,
-     also in training. What still collides moves as in `nearest`.
+  4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates and levels than STAR.
+  5. `--collision sinkhorn` spreads a prefix's items at once, LC-Rec each SID's, also in training.
 
 Examples
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial
@@ -43,11 +42,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 # Shapes: N items, B a batch, D width of the vectors, L levels, K codes per level, V terms.
-LEVELS = "abcdefgh"  # level 0 is spelled <a_12>, level 1 <b_12>, ...
+LEVELS = "abcdefgh"  # code 12 of level 0 is <a_12>, of level 1 <b_12>
 ID = (int, str)      # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
-MAX_LENGTH, BATCH_TOKENS = 512, 8192  # tokens of an item, of a batch
+MAX_LENGTH, BATCH = 512, 32         # tokens of an item, items of a batch
 KMEANS_ITERATIONS = 100             # at most, per level
 DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
 RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # width of its codes; commitment weight (TIGER)
@@ -55,7 +54,7 @@ RQVAE_UPDATES, RQVAE_BATCH, RQVAE_LR, RQVAE_RESTART = 6000, 128, 2e-3, 100
 SINKHORN_ROUNDS, SINKHORN_STEPS, SINKHORN_EPSILON = 20, 50, 0.0015  # LC-Rec: 0.003 of half the range
 DEMO = Path(__file__).parent / "tests" / "demo"
 
-# ---- Encoders: texts -> (N, D), rows of length 1 -----------------
+# ---- Encoders: texts -> (N, D) -----------------------------------
 def item_text(item: dict) -> str:
     """Title and description as one text (section 3.2.1)."""
     return ". ".join(item[name].strip() for name in ("title", "description") if item[name].strip())
@@ -96,11 +95,13 @@ def encode_hf(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
     from transformers import AutoModel  # slow to import, not needed for lsa
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_pretrained(AutoModel, encoder["name"], dtype=dtype)
+    model = model.get_encoder() if model.config.is_encoder_decoder else model  # of T5
     model.to(device)
     max_length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", 0) or MAX_LENGTH)
+    texts = [text.encode(errors="replace").decode() for text in texts]  # half an emoji
     ids = tokenizer(texts, truncation=True, max_length=max_length).input_ids
     vectors = torch.empty(len(texts), model.config.hidden_size)
-    for rows in tqdm(length_batches(list(map(len, ids)), BATCH_TOKENS), desc="encode", disable=None):
+    for rows in tqdm(torch.tensor([*map(len, ids)]).argsort().split(BATCH), desc="encode", disable=None):
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right",
                               return_tensors="pt").to(device)
         hidden = model(**batch).last_hidden_state.float()  # (B, T, D)
@@ -115,7 +116,7 @@ def encode_hf(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
 def fit_pca(x: Tensor, dim: int) -> dict:
     """The mean (D,) and the leading principal axes (D, dim) of x (N, D)."""
     if dim > min(x.shape):
-        stop(f"--dim {dim} is more than {min(x.shape)}, the items or dimensions")
+        stop(f"--dim {dim} is more than the {min(x.shape)} items or dimensions")
     mean = x.mean(0)
     axes = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.flip(1)  # largest first
     return {"pca_mean": mean, "pca_axes": axes[:, :dim].contiguous()}
@@ -132,7 +133,7 @@ def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
 
 # ---- RQ-KMeans (eqs. 1-3) ----------------------------------------
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: draw each centroid in proportion to its squared distance; (N, D) -> (K, D)."""
+    """k-means++: draw each row by its squared distance to those before; (N, D) -> (K, D)."""
     square = (x * x).sum(1)
     distance = torch.full_like(square, torch.inf)  # to the nearest centroid so far
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
@@ -183,7 +184,7 @@ def fit_codebooks(x: Tensor, num_levels: int, k: int, seed: int) -> Tensor:
     return torch.stack(codebooks)
 
 def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode by residuals (eqs. 2-3); (N, D), (L, K, D) -> codes (N, L), last level's input (N, D)."""
+    """Encode by residuals (eqs. 2-3); (N, D), (L, K, D) -> codes (N, L), residual R_L (N, D)."""
     codes = []
     for centroids in codebooks:
         residual = x
@@ -214,8 +215,8 @@ def mlp(x: Tensor, layers: list) -> Tensor:
 def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Tensor:
     """The loss of a batch, (B, D) -> (). sg[.] stops the gradient, c_l is nearest to r_l.
 
-        z = E(x)     r_1 = z     r_l+1 = r_l - c_l     z' = sum_l c_l
-        L = || x - D(z') ||^2 + sum_l || sg[r_l] - c_l ||^2 + beta || r_l - sg[c_l] ||^2
+        z = Enc(x)     r_1 = z     r_l+1 = r_l - sg[c_l]     z' = sum_l c_l
+        L = || x - Dec(z') ||^2 + sum_l || sg[r_l] - c_l ||^2 + beta || r_l - sg[c_l] ||^2
     """
     z = mlp(x, encoder)
     codes, _ = quantize(z.detach(), codebooks.detach())
@@ -227,7 +228,7 @@ def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Te
 
 def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, list]:
     """Train an RQ-VAE, He initialised; (N, D) -> codebooks (L, K, RQVAE_WIDTH), encoder layers."""
-    top = min(1024, 4 * x.shape[1])  # D 1024: 1024 (STAR); LSA's 128: 512 (TIGER)
+    top = min(1024, 4 * x.shape[1])  # STAR: 1024 for D = 1024; TIGER: 512 for 128
     widths = [x.shape[1], top, top // 2, top // 4, RQVAE_WIDTH]
     pairs = list(zip(widths, widths[1:]))
     encoder = [(torch.randn(b, a).to(x) * (2 / a) ** 0.5, x.new_zeros(b)) for a, b in pairs]
@@ -401,6 +402,8 @@ def read_items(path: str | Path) -> list[dict]:
     items = read_jsonl(path, {"item_id": ID, "title": str}, unique="item_id")
     for item in items:
         for name in ("description", "brand", "categories"):
+            if isinstance(item.get(name), (list, dict)):
+                stop(f"{path}: item {item['item_id']!r}: {name!r} must be a string")
             item[name] = str(item.get(name) or "")
         if not item_text(item):
             stop(f"{path}: item {item['item_id']!r} has neither title nor description; leave it out")
@@ -425,9 +428,9 @@ def read_samples(path: str | Path, known: set) -> list[dict]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-    """Give a temporary path, and rename it to `path` at the end."""
+    """Give a temporary path, renamed to `path` if all went well."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -466,32 +469,31 @@ def codes_of(items: list[dict]) -> np.ndarray:
     return np.array([[parse_sid_token(token)[1] for token in item["sid"]] for item in items])
 
 def load_pretrained(auto_class, name: str, **options):
-    """Load a Hugging Face model by name or folder; -> model in eval mode, tokenizer."""
+    """Load a Hugging Face model; -> model in eval mode, tokenizer."""
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        stop(f"{name}: cannot be loaded as a Hugging Face model ({str(error).splitlines()[0]})")
+    except Exception as error:  # of several libraries
+        stop(f"{name}: cannot be loaded as a Hugging Face model ({' '.join(str(error).split())[:300]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.eval(), tokenizer
 
-def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of similar length into batches of at most `max_tokens` tokens with padding."""
-    batches = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if not batches or lengths[row] * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+def explain(kind, error, trace) -> None:
+    """The hook for uncaught errors: one line for Ctrl-C and for a full GPU."""
+    full = "the GPU's memory is full; lower --micro-tokens or --batch-tokens"
+    if kind in (KeyboardInterrupt, torch.OutOfMemoryError):
+        stop("interrupted" if kind is KeyboardInterrupt else full)
+    sys.__excepthook__(kind, error, trace)
 
 def set_up(device_name: str, seed: int = 0) -> torch.device:
     """Seed torch and choose the device."""
+    sys.excepthook = explain
     torch.manual_seed(seed)
     try:
         device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device, dtype=torch.double)
+    except (RuntimeError, AssertionError, TypeError) as error:
         stop(f"--device {device_name}: not available here ({str(error).splitlines()[0]})")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # or it takes gigabytes
     return device
@@ -539,7 +541,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 def add_items(run: Path, path: str, policy: str, seed: int, device: torch.device) -> None:
-    """Append the items of a file to the run, with SIDs from its codebook."""
+    """Append a file's items to the run, with SIDs from the run's codebook."""
     old_items, new_items = read_catalogue(run / "items.jsonl"), read_items(path)
     twice = {item["item_id"] for item in old_items} & {item["item_id"] for item in new_items}
     if twice:
@@ -548,7 +550,6 @@ def add_items(run: Path, path: str, policy: str, seed: int, device: torch.device
     x = encode([item_text(item) for item in new_items], codebook["encoder"], device)
     assign_sids(new_items, x, codebook["centroids"], policy, seed, old_items)
     write_jsonl(run / "items.jsonl", old_items + new_items)
-    print(f"example | {new_items[0]['item_id']!r} {''.join(new_items[0]['sid'])} {new_items[0]['title']!r}")
     print(f"wrote {run}/items.jsonl: {len(old_items)} items as they were, {len(new_items)} new ones")
 
 def main() -> None:
@@ -569,6 +570,7 @@ def main() -> None:
         for item in items:
             item["sid"] = sid_of.get(item["item_id"])
         check_sids(args.sids, items)
+        (run / "codebook.pt").unlink(missing_ok=True)  # of an older run
         print(f"SIDs from {args.sids}: {count_collisions(codes_of(items))} collisions, which are kept")
     else:
         texts, n = [item_text(item) for item in items], len(items)
@@ -577,7 +579,7 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: N / 12 (or N / 4, up to 32), 8 to 256, as a power of two
+        # Default: the larger of N / 12 and min(32, N / 4), 8 to 256, rounded down to 2^n
         k = args.codebook_size or 1 << max(8, min(32, n // 4), min(256, n // 12)).bit_length() - 1
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":
@@ -591,8 +593,6 @@ def main() -> None:
             torch.save({"centroids": codebooks.cpu(), "encoder": encoder, "args": vars(args)}, temporary)
     for name, rows in {**samples, "items": items}.items():
         write_jsonl(run / f"{name}.jsonl", rows)
-    if args.sids:
-        (run / "codebook.pt").unlink(missing_ok=True)  # of an older run, for other SIDs
     print(f"example | {items[0]['item_id']!r} {''.join(items[0]['sid'])} {items[0]['title']!r}")
     print(f"wrote {run}: items, train, valid, test.jsonl" + ("" if args.sids else ", codebook.pt"))
 

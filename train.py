@@ -1,4 +1,4 @@
-"""Stage 4: train the SID rows alone (align), then the whole model (sft).
+"""Stage 4: train the SID rows alone (align, not TS-Align), then the whole model (sft).
 
 Every task is a template that turns data into a prompt and a response. The loss counts the response only.
 
@@ -7,12 +7,12 @@ Every task is a template that turns data into a prompt and a response. The loss 
 
 Reads   RUN/init.pt (or --from), items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl, queries.jsonl
 Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; RUN/sft_log.jsonl;
-        RUN/sft_resume.pt while it runs; with --keep, RUN/sft_00236.pt: the weights at every validation
+        RUN/sft_resume.pt, see --save-every; with --keep, RUN/sft_00236.pt at every validation
 
 Differs from the papers
   1. The loss is a weighted mean over a batch's supervised tokens: every task has its share (`--tasks`).
-  2. A text response ends with EOS. A SID does not: its length is fixed.
-  3. The tiny backbone has its own settings and tasks, see PRESETS. `--loss trie`: as the search scores.
+  2. A text response ends with EOS, unless cut. A SID does not: its length is fixed.
+  3. The tiny backbone has its own settings and tasks: PRESETS. `--loss trie`: over the trie's children.
   4. Prompts are plain lines; STAR's are chat messages. --lora is not quantised; STAR's has 4 bits.
   5. --stage align validates on 5 % of its examples and does not train on them.
 
@@ -36,11 +36,11 @@ from tqdm import tqdm
 from extract_semantics import read_queries, read_semantics
 from init_embeddings import (
     Trie, add_dropout, add_lora, autocast, build_trie, catch_interrupts, check_lengths, count_parameters,
-    join_processes, leaf_of_items, learning_rate, leave_processes, load_model, load_progress, make_optimizer,
-    path_log_probs, save_model, save_progress, sid_token_ids, sum_gradients, sum_over_processes, trie_paths,
-    update_sid)
+    fingerprint, join_processes, leaf_of_items, learning_rate, leave_processes, length_batches, load_model,
+    load_progress, make_optimizer, output_paths, path_log_probs, save_model, save_progress, sid_token_ids,
+    sum_gradients, sum_over_processes, trie_paths, update_sid)
 from tokenize_items import (
-    codes_of, length_batches, make_parser, number, read_catalogue, read_samples, stop, write_jsonl)
+    codes_of, make_parser, number, read_catalogue, read_samples, stop, write_jsonl)
 
 # Shapes: B sequences, T tokens, S supervised tokens, V vocabulary rows, D width.
 DESCRIPTION_WORDS = 100  # of a description in a prompt
@@ -53,7 +53,7 @@ class Task(NamedTuple):
     source: str  # "samples", "users", "pairs", "items", "tokens", "queries"
     instructions: tuple[str, ...]
     response: str
-    end: str = "\n"  # of the instruction
+    end: str = "\n"  # goes behind the instruction
 
     @property
     def recommends(self) -> bool:
@@ -171,9 +171,9 @@ Examples = dict[str, list[Example]]  # by task
 
 def make_examples(tokenizer, name: str, data: dict, max_response: int, seed: str = "",
                   leaf_of: dict[str, int] = {}) -> list[Example]:
-    """A task's examples. EOS ends a text, which is cut to `max_response` tokens.
+    """A task's examples. EOS ends a text, unless it is cut to `max_response` tokens.
 
-    leaf_of, with --loss trie: the trie's leaf of every SID.
+    leaf_of, with --loss trie: SID -> leaf of the trie.
     """
     pairs = make_pairs(name, data, seed)
     if not pairs:
@@ -228,7 +228,7 @@ def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[
     """Give each task its share of the loss; -> weighed examples, and how many an epoch takes.
 
     An epoch takes all examples of the tasks with the largest share. The others give fewer, in proportion
-    to their share. Weights even out long and short responses.
+    to their share. One weight per task evens out lengths.
     """
     most = max(shares[name] for name in examples)
     largest = max(len(rows) for name, rows in examples.items() if shares[name] == most)
@@ -250,7 +250,7 @@ def epoch_batches(examples: Examples, sizes: dict, batch_size: int, seed: str) -
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 def micro_batches(batch: list[Example], micro_tokens: int, rank: int, world: int) -> list[list[Example]]:
-    """This process's share of a batch, in pieces of at most `micro_tokens` tokens."""
+    """This process's share of a batch, in pieces of `micro_tokens` tokens or one example."""
     lengths = [len(e.ids) for e in batch]
     if world > 1:
         micro_tokens = min(micro_tokens, -(-sum(lengths) // world))
@@ -309,7 +309,7 @@ def task_losses(nll: Tensor, counts: Tensor) -> dict[str, float]:
 
 # ---- Data --------------------------------------------------------
 def user_sequences(samples: list[dict]) -> list[dict]:
-    """Each user's items in order, in pieces of at most MAX_SEQUENCE."""
+    """Chain samples that continue each other, in pieces of at most MAX_SEQUENCE items."""
     sequences, last_of = [], {}
     for sample in samples:
         history, items = sample["history"], last_of.get(sample["user_id"], [])
@@ -345,12 +345,9 @@ def read_data(run: Path, items: list[dict], tasks) -> dict[str, list[dict]]:
 
 def show_task(tokenizer, name: str, examples: list[Example], size: int, share: float) -> None:
     """Print a task's size and first example, its supervised tokens in >> and <<."""
-    tokens = sum(len(e.ids) for e in examples)
-    supervised = sum(len(e.ids) - e.start for e in examples)
     first = examples[0]
-    print(f"task {name} | {len(examples)} examples, {size} an epoch | {tokens} tokens | {supervised} of them "
-          f"supervised | {share:.1%} of the loss")
     prompt, response = tokenizer.decode(first.ids[:first.start]), tokenizer.decode(first.ids[first.start:])
+    print(f"task {name} | {len(examples)} examples, {size} an epoch | {share:.1%} of the loss")
     print(f"example | {prompt + '>>' + response + '<<'!r}")
 
 # ---- Command line ------------------------------------------------
@@ -370,7 +367,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--stage", choices=("align", "sft"), default="sft", help="align: SID rows only (STAR)")
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
     flag("--out", help="checkpoint to write, instead of RUN/align.pt or RUN/sft.pt")
-    flag("--resume", action="store_true", help="continue a run if it was interrupted")
+    flag("--resume", action="store_true", help="continue an interrupted run")
     # The defaults of the next ten depend on backbone and stage, see PRESETS
     flag("--tasks", type=lambda text: parse_weights(text, TASKS, "task"), metavar="NAME,NAME:SHARE",
          help=f"tasks and their shares of the loss; of {', '.join(TASKS)}")
@@ -413,7 +410,7 @@ def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
 
 def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
                   leaf_of: dict) -> tuple[Examples, dict[str, int], list[Example]]:
-    """Each task's examples, how many an epoch takes, validation's: next items, or 5 % with align."""
+    """Examples by task, how many an epoch takes, examples to validate on (align: 5 % of all)."""
     examples, valid = {}, []
     for name in args.tasks:
         rows = make_examples(tokenizer, name, data, args.max_response, f"{args.seed} 0", leaf_of)
@@ -439,6 +436,7 @@ def main() -> None:
     args = parse_args()
     device, rank, world = join_processes(args.device, args.seed)
     run = Path(args.run)
+    out, log_path, resume_path = output_paths(Path(args.out or run / f"{args.stage}.pt"))
     items = read_catalogue(run / "items.jsonl")
     model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
     fill_in(args, checkpoint["args"]["backbone"], (run / "queries.jsonl").exists())
@@ -449,7 +447,8 @@ def main() -> None:
     names = ("".join(item["sid"]) for item in items)
     leaf_of = dict(zip(names, leaf_of_items(trie).tolist())) if args.loss == "trie" else {}
     examples, sizes, valid = load_examples(args, tokenizer, run, data, leaf_of)
-    check_lengths(max(len(e.ids) for rows in [*examples.values(), valid] for e in rows), model.config)
+    longest = max(len(e.ids) for rows in [*examples.values(), valid] for e in rows)
+    check_lengths(-(-longest // 8) * 8, model.config)  # as collate pads
     num_examples = sum(sizes.values())
     steps_per_epoch = math.ceil(num_examples / args.batch_size)
     steps, eval_every = steps_per_epoch * args.epochs, max(1, steps_per_epoch // args.evals_per_epoch)
@@ -464,16 +463,14 @@ def main() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = make_optimizer(model, args.lr, args.beta2, args.weight_decay)
-    tokens = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
+    total = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {args.epochs} epochs of "
-          f"{num_examples} examples, {steps_per_epoch} updates, {tokens * args.epochs / 1e6:.2f} M tokens")
+          f"{num_examples} examples, {steps_per_epoch} updates, {total * args.epochs / 1e6:.2f} M tokens")
 
     # Where the run stands
-    out = Path(args.out or run / f"{args.stage}.pt")
-    log_path, resume_path = (out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
     settings = {**vars(args), "examples": num_examples, "parameters": count_parameters(model),
-                "processes": world, "catalogue": sid["digest"]}
+                "processes": world, "catalogue": sid["digest"], "SID rows": fingerprint(model, sid_ids)}
     step, best, bad_evals, log = 0, math.inf, 0, []
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)
@@ -485,7 +482,7 @@ def main() -> None:
     bar = tqdm(total=steps, initial=step, desc=args.stage, unit="step", disable=rank > 0 or None)
 
     while step < steps and (not args.patience or bad_evals < args.patience) and not leave:
-        # Data order and dropout follow from seed and step: a resumed run repeats them
+        # Order and dropout follow from seed and step: a resumed run repeats them
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 or not batches:
             batches = epoch_batches(examples, sizes, args.batch_size, f"{args.seed} {epoch}")
@@ -522,10 +519,12 @@ def main() -> None:
             start, tokens = time.time(), 0
         validate = step % eval_every == 0 or step == steps
         if validate:
+            began = time.time()
             row["valid_loss"] = validation_loss(model, trie, sid_ids, valid, args.micro_tokens,
                                                 args.precision, rank, world)
             better = row["valid_loss"] < best or not args.patience
             best, bad_evals = (row["valid_loss"], 0) if better else (best, bad_evals + 1)
+            start += time.time() - began  # tokens per second leave it out
             bar.write(f"step {step:05d}/{steps} | valid loss {row['valid_loss']:.4f} | "
                       + ("saved" if better else f"no better for {bad_evals} validations"))
         if not all(math.isfinite(value) for value in row.values()):

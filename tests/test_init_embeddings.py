@@ -492,3 +492,13 @@ def test_backbone_may_be_an_earlier_checkpoint(run):
     assert short["weights"].keys() == long["weights"].keys()
     assert all(torch.equal(short["weights"][name], weight) for name, weight in long["weights"].items())
     assert not torch.equal(other["weights"]["model.norm.weight"], long["weights"]["model.norm.weight"])
+
+
+def test_batches_of_similar_length():
+    lengths = [5, 30, 1, 9, 9, 2, 120, 7]
+    batches = init_embeddings.length_batches(lengths, 30)
+    assert sorted(row for rows in batches for row in rows) == list(range(8))
+    for rows in batches:
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) * longest <= 30 or len(rows) == 1              # padding included
+    assert [[lengths[row] for row in rows] for rows in batches] == [[1, 2, 5, 7], [9, 9], [30], [120]]

@@ -41,7 +41,7 @@ TOO_MUCH = {"torchrun", "--encoder", "--backbone", "http"}
 LIGHT_SCRIPTS = {*(f"{name}.py" for name in STAGES), "tests/studies/sid2title.py"}
 SMALL = {"tokenize_items": ["--codebook-size", 8], "train": ["--epochs", 1, "--warmup", 2],
          "init_embeddings": ["--width", 32, "--layers", 2, "--vocab-size", 500, "--pretrain-steps", 5],
-         "rl": ["--group-size", 4, "--eval-users", 5], "sid2title": ["--limit", 5]}
+         "rl": ["--group-size", 4], "sid2title": ["--limit", 5]}
 PLACEHOLDERS = r"\b(?:TIME|DEMO|IND|HALF|FIRST)_[A-Z0-9_]+\b"
 
 

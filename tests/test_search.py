@@ -11,10 +11,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import evaluate
 from conftest import ROOT, call, random_model, write_lines
 from evaluate import beam_search, search_all
-from init_embeddings import build_trie
+from init_embeddings import build_trie, length_batches
 from test_evaluate import (CPU, KINDS, LOPSIDED, TEXT_ROWS, K, assert_search_is_exhaustive, exhaustive,
                            items_of, random_catalogue, random_prompts, read_lines)
-from tokenize_items import length_batches
 
 sys.path.insert(0, str(ROOT / "tests" / "studies"))
 import sid2title  # noqa: E402

@@ -205,7 +205,7 @@ def test_dry_run_asks_and_writes_nothing(shop, server, capsys):
     call(stage, *flags(shop, server, "--queries", 5))
     prompts = [entry["messages"][0]["content"] for entry in server.log]
     assert prompts[0] in out and prompts[1] not in out
-    assert "23 requests" in out and f"{sum(map(len, prompts)) // 4} tokens" in out
+    assert "23 requests" in out and f"{sum(map(len, prompts)) // 4} input tokens" in out
 
 
 # ---- the server or the line misbehaves ----

@@ -459,16 +459,6 @@ def test_pca_reconstructs_the_sorted_variances():
     assert torch.equal(stage.fit_pca(x, 2)["pca_axes"], pca["pca_axes"][:, :2])
 
 
-def test_batches_of_similar_length():
-    lengths = [5, 30, 1, 9, 9, 2, 120, 7]
-    batches = stage.length_batches(lengths, 30)
-    assert sorted(row for rows in batches for row in rows) == list(range(8))
-    for rows in batches:
-        longest = max(lengths[row] for row in rows)
-        assert len(rows) * longest <= 30 or len(rows) == 1              # padding included
-    assert [[lengths[row] for row in rows] for rows in batches] == [[1, 2, 5, 7], [9, 9], [30], [120]]
-
-
 @pytest.fixture(scope="module")
 def hf_encoder(tmp_path_factory) -> Path:
     """A random BERT with a small fast tokenizer, saved as a folder."""
@@ -494,7 +484,7 @@ def test_hf_encoder_equals_an_unbatched_loop(hf_encoder, pooling, monkeypatch):
     texts = [" ".join(stage.item_text(item).split()[:n]) for n, item in zip(words, toy_items())]
     encoder = {"name": str(hf_encoder), "pooling": pooling}
     monkeypatch.setattr(stage, "MAX_LENGTH", 10)
-    monkeypatch.setattr(stage, "BATCH_TOKENS", 25)
+    monkeypatch.setattr(stage, "BATCH", 3)
     x = stage.encode(texts, encoder, CPU)
     model = AutoModel.from_pretrained(hf_encoder).eval()
     tokenizer = AutoTokenizer.from_pretrained(hf_encoder)
@@ -508,6 +498,26 @@ def test_hf_encoder_equals_an_unbatched_loop(hf_encoder, pooling, monkeypatch):
     monkeypatch.setattr(stage, "MAX_LENGTH", 999)                       # the model has 512 positions
     long, cut = (stage.encode([" ".join(["steel"] * n)], encoder, CPU) for n in (600, 512))
     assert torch.equal(long, cut)
+
+
+def test_t5_has_an_encoder(hf_encoder, tmp_path):
+    """TIGER's encoder is a T5, whose model wants decoder inputs, too."""
+    from transformers import AutoTokenizer, T5Config, T5Model
+    tokenizer = AutoTokenizer.from_pretrained(hf_encoder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5Model(config).save_pretrained(tmp_path)
+    x = stage.encode(["steel rod", "steel \ud83d"], {"name": str(tmp_path), "pooling": "mean"}, CPU)
+    assert x.shape == (2, 16) and torch.allclose(x.norm(dim=1), torch.ones(2))
+
+
+def test_a_broken_model_is_one_line(hf_encoder, tmp_path, capsys):
+    for path in hf_encoder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:200 if path.suffix == ".safetensors" else None])
+    assert_stops(capsys, stage.encode, ["steel"], {"name": str(tmp_path), "pooling": "mean"}, CPU,
+                 words=(tmp_path, "cannot be loaded"))
 
 
 def test_hf_encoder_from_the_command_line(hf_encoder, toy_data, tmp_path, capsys):

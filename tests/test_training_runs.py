@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import init_embeddings
+import tokenize_items
 import train as stage
 from conftest import ROOT, assert_one_line_error, assert_stops, call, random_model
 from init_embeddings import (LoRA, add_lora, build_trie, load_model, merged_weights, save_model, sid_digest,
@@ -284,6 +285,11 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
     rebuild(run, "llama", True)
     assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "parameters"))
     (run / "init.pt").write_bytes(init)
+    other = load_model(run / "init.pt", torch.device("cpu"))
+    other[0].get_input_embeddings().weight.data[-1] += 1                # another start of the same shape
+    save_model(tmp_path / "other.pt", *other[:2], other[2].pop("sid"), **other[2])
+    assert_stops(capsys, call, stage, *flags, "--from", tmp_path / "other.pt", "--resume",
+                 words=("out_resume.pt", "SID rows"))
     assert {path: path.read_bytes() for path in before} == before
     call(stage, *flags, "--resume")
     assert_equals(out, uninterrupted["sft"])
@@ -385,5 +391,12 @@ def test_a_full_gpu_is_one_line(finished_run, capsys):
     assert_one_line_error(done, "memory is full", "--micro-tokens")
     with pytest.raises(ZeroDivisionError) as caught:
         raise ZeroDivisionError("another error")
-    init_embeddings.explain_full_memory(caught.type, caught.value, caught.tb)
+    tokenize_items.explain(caught.type, caught.value, caught.tb)
     assert "Traceback" in capsys.readouterr().err
+    assert_stops(capsys, tokenize_items.explain, KeyboardInterrupt, KeyboardInterrupt(), None,
+                 words=("interrupted",))
+
+
+def test_a_folder_is_no_checkpoint(run, tmp_path, capsys):
+    for out in (tmp_path, "."):
+        assert_stops(capsys, call, stage, "--run", run, "--out", out, words=("--out", "folder"))

@@ -33,10 +33,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from evaluate import beam_search, read_pairs  # noqa: E402
-from init_embeddings import (Trie, autocast, build_trie, expand, load_model, make_optimizer,  # noqa: E402
-                             sid_token_ids, trie_paths)
+from init_embeddings import (Trie, autocast, build_trie, expand, length_batches, load_model,  # noqa: E402
+                             make_optimizer, sid_token_ids, trie_paths)
 from rl import Catalogue, tree_log_probs  # noqa: E402
-from tokenize_items import (assign, codes_of, kmeans, length_batches, make_parser, number,  # noqa: E402
+from tokenize_items import (assign, codes_of, kmeans, make_parser, number,  # noqa: E402
                             read_catalogue, seed_centroids, set_up, write_jsonl)
 from train import (MAX_GRAD_NORM, PRESETS, TASKS, Batch, Example, collate,  # noqa: E402
                    micro_batches, prompt_ids, response_losses)

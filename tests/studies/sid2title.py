@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from evaluate import follow, prefill, read_tokens  # noqa: E402
-from init_embeddings import check_lengths, load_model  # noqa: E402
-from tokenize_items import (length_batches, make_parser, number, read_catalogue, read_jsonl,  # noqa: E402
+from init_embeddings import check_lengths, length_batches, load_model  # noqa: E402
+from tokenize_items import (make_parser, number, read_catalogue, read_jsonl,  # noqa: E402
                             set_up, stop, write_jsonl)
 from train import TASKS, make_pairs, prompt_ids, read_data  # noqa: E402
 
