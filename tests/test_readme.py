@@ -153,6 +153,7 @@ def here(shop, finished_run, tmp_path, monkeypatch) -> Path:
     (folder / "FOLDER").symlink_to(folder / "run" / "data")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DATA", str(finished_run))
+    monkeypatch.setattr(load_script("tokenize_items.py"), "RQVAE_UPDATES", 500)
     return folder
 
 
