@@ -80,7 +80,7 @@ def check_tokens(tokenizer, sid_ids: Tensor) -> None:
 
 # ---- Initialisation of the SID rows (eqs. 8, 9; STAR eq. 1) ------
 def keyword_rows(text_rows: Tensor, keyword_ids: list[list[int]]) -> Tensor:
-    """SA-Init (eq. 9): the mean of the rows of each token's keywords; (V, D) -> (n, D)."""
+    """SA-Init (eq. 9): the mean row of the word pieces of each SID token; (V, D) -> (n, D)."""
     return torch.stack([text_rows[ids].mean(0) for ids in keyword_ids])
 
 def rescale(rows: Tensor, text_rows: Tensor, sa_norm: str) -> Tensor:
@@ -103,7 +103,7 @@ def gaussian_rows(text_rows: Tensor, noise: Tensor) -> Tensor:
 def initial_rows(text_rows: Tensor, keyword_ids: dict[tuple[int, int], list[int]], num_levels: int,
                  codebook_size: int, init: str, sa_norm: str, sa_depth: int, seed: int) -> Tensor:
     """Rows for all SID tokens, (V, D) -> (L, K, D). keyword_ids: (level, code) -> ids of its keywords.
-    Tokens without keywords, and levels from `sa_depth` on, are gaussian."""
+    Unused tokens, and levels from `sa_depth` on, are gaussian."""
     if init == "mean":
         return text_rows.mean(0).expand(num_levels, codebook_size, -1)
     generator = torch.Generator().manual_seed(seed)
@@ -119,7 +119,7 @@ def initial_rows(text_rows: Tensor, keyword_ids: dict[tuple[int, int], list[int]
     return rows
 
 def mean_cosine(rows: Tensor) -> float:
-    """Mean cosine between two different rows (n, D). STAR's collapse (section 2.1) is 1."""
+    """Mean cosine between two different rows (n, D). STAR's collapse (section 2.2) is 1."""
     unit = F.normalize(rows.detach().float(), dim=1)
     return ((unit.sum(0).square().sum() - len(unit)) / max(1, len(unit) * (len(unit) - 1))).item()
 
@@ -513,7 +513,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--init", choices=("sa", "mean", "gaussian", "normal"), default="sa",
          help="mean of the keywords (eq. 9), mean or Gaussian of the vocabulary, or N(0, 0.02^2)")
     flag("--sa-depth", type=number(int, 0, 9), default=8, help="levels with SA-Init, the rest gaussian")
-    flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="see the docstring")
+    flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="none: eq. 9")
     flag("--backbone", default="tiny", help="tiny, or a causal LM: name, folder, or checkpoint")
     flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")
     flag("--layers", type=number(int, 1), default=3, help="tiny: number of layers")
@@ -566,7 +566,7 @@ def main() -> None:
         print(f"{name} | {sid_ids.numel()} SID rows by {args.init}, {len(keyword_ids)} have keywords | "
               f"mean norm {rows.norm(dim=-1).mean():.3f}, of text rows {text_rows.norm(dim=1).mean():.3f} | "
               f"mean cosine {mean_cosine(rows.flatten(0, 1)):.3f}")
-    show_neighbours(model, tokenizer, sid_ids, used)
+    show_neighbours(model, tokenizer, sid_ids, used if args.init != "mean" else [])
 
     out = args.out or run / "init.pt"
     sid = {"num_levels": num_levels, "codebook_size": codebook_size, "num_items": len(items),

@@ -130,7 +130,7 @@ def shop(finished_run, toy_data, tmp_path_factory) -> Path:
     """A folder that has every file which the commands read; its run is finished_run with more checkpoints."""
     folder = tmp_path_factory.mktemp("shop")
     run = shutil.copytree(finished_run, folder / "run")
-    for name in ("align", "init_mean"):
+    for name in ("align", "mean", "init_mean"):
         shutil.copy(run / "init.pt", run / f"{name}.pt")
     for name in ("rl", "sft_new"):
         shutil.copy(run / "sft.pt", run / f"{name}.pt")
@@ -275,6 +275,7 @@ def test_files_in_tables_exist_or_are_written(page):
     for name in set(re.findall(r"\b(\w+\.(?:py|jsonl|pt|txt))\b", cells)):
         stem = name.split("_", 1)[-1]                   # of sft_log.jsonl, say, a source has "_log.jsonl"
         written = any(name in text or stem in text for text in SOURCES.values())
+        written = written or re.search(rf"--(out|predictions) \S*/{name}", cells)        # by a command
         assert written or (ROOT / name).exists(), name
 
 
