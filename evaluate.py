@@ -22,6 +22,7 @@ Differs from the papers
   2. The memory; --memory 0 is the papers' system. Counts alone are in the table.
   3. Probabilities are normalised over the trie's children at each level.
   4. Items added later, and never a target yet, count as the average of their siblings.
+  5. --candidates shortens the ranking; the scores stay.
 
 Examples
   python evaluate.py --show 3            # three test users in words
@@ -57,13 +58,9 @@ KINDS = ("in the history", "followed the last item in train", "paired in train w
          "seen in train", "never seen")
 EXPORTED = """# A recommender that generates semantic IDs (SIDs)
 
-A prompt is plain text, without a chat template:
-
-    {prompt!r}
-
-The answer is {levels} tokens, the SID of the next item; sids.jsonl says which item that is. Without a
-constraint the answer need not be a SID: give the engine the SIDs as its list of choices. The memory
-is not in this folder.
+A prompt is plain text, without a chat template: {prompt!r}
+The answer is {levels} tokens, the SID of the next item; sids.jsonl says which item that is. Give the
+engine the SIDs as its list of choices, or the answer may be no SID. The memory is not in this folder.
 """
 SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 
@@ -84,8 +81,8 @@ def count_pairs(samples: list[dict]) -> dict:
         counts[item_id] = {other: n / total for other, n in row.items()}
     return dict(counts)
 
-def recall(history: list, pairs: dict, known) -> dict:
-    """p_memory(item | history) of the known items, most likely first; sums to at most 1.
+def recall(history: list, pairs: dict) -> dict:
+    """p_memory(item | history), most likely first; sums to at most 1.
 
     It is the mean of the shares of the history's items, with weights 0.5 ** (steps from the end).
     """
@@ -93,8 +90,7 @@ def recall(history: list, pairs: dict, known) -> dict:
     weights = [MEMORY_DECAY ** steps for steps in range(len(history))]
     for weight, item_id in zip(weights, reversed(history)):
         for other, share in pairs.get(item_id, {}).items():
-            if other in known:
-                found[other] += weight / sum(weights) * share
+            found[other] += weight / sum(weights) * share
     return dict(found.most_common())
 
 class Memory(NamedTuple):
@@ -225,11 +221,12 @@ class Ranking(NamedTuple):
 
 def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list[list[int]],
                num_beams: int, batch_tokens: int, skip: list[set] | None = None,
-               recalled: list[dict] | None = None, weight: float = 0.0) -> list[Ranking]:
+               recalled: list[dict] | None = None, weight: float = 0.0, hidden=()) -> list[Ranking]:
     """Rank the catalogue `item_ids` (N,) for every prompt; -> up to `num_beams` SIDs for each.
 
     skip: items to leave out, by searching with as many more beams.
     recalled: p_memory for every prompt, {item_id: mass}, with its weight (lambda); it sorts a SID's items.
+    hidden: items to leave out for all, as the trie does.
     """
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     skip = skip or [set()] * len(prompts)
@@ -245,9 +242,10 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
             rankings[user] = ranking = Ranking([], [], [])
             for leaf, score in zip(leaves, scores):
                 rows = trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]
-                items = [item_ids[row] for row in rows if item_ids[row] not in skip[user]]
+                items = [item_ids[row] for row in rows if item_ids[row] not in hidden]
+                items = [item_id for item_id in items if item_id not in skip[user]]
                 items.sort(key=lambda item_id: -recalled[user].get(item_id, 0) if weight else 0)
-                if items and len(ranking.leaves) < num_beams:
+                if items and score > -torch.inf and len(ranking.leaves) < num_beams:
                     ranking.items.extend(items)
                     ranking.scores.extend([score] * len(items))
                     ranking.leaves.append(leaf)
@@ -397,7 +395,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num-beams", type=number(int, 1), help="W; default: 20; 5 for tasks about items")
     flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="0: the papers' system")
     flag("--memory-from", metavar="FILE", help="samples to count, instead of RUN/train.jsonl")
-    flag("--candidates", help="recommend only the item_ids in this file ({item_id} lines)")
+    flag("--candidates", help="the item_ids that may be recommended ({item_id} lines)")
     flag("--exclude-history", action="store_true", help="never recommend an item of the history")
     flag("--batch-tokens", type=number(int, 1), default=16384, help="prompt tokens per batch")
     flag("--limit", type=number(int, 0), default=0, help="the first samples only; 0: all")
@@ -408,13 +406,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.history and args.task and not TASKS[args.task].recommends:
         parser.error(f"--history needs a task with a history, --task {args.task} has none")
     return args
-
-def pick_candidates(path: str | None, items: list[dict]) -> list[dict]:
-    """The items that may be recommended: all, or those that `--candidates FILE` names."""
-    known = {item["item_id"] for item in items}
-    rows = read_jsonl(path, {"item_id": ID}, known=known) if path else items
-    wanted = {row["item_id"] for row in rows}
-    return [item for item in items if item["item_id"] in wanted]
 
 def read_history(text: str, items: list[dict]) -> list:
     """The item_ids in "12,55,89"."""
@@ -461,31 +452,35 @@ def main() -> None:
     longest = max(len(prompt) for prompt in prompts) + sid["num_levels"] - 1
     check_lengths(longest, model.config, in_search=True)
 
-    # The memory
-    candidates, unseen = pick_candidates(args.candidates, items), new_items(sid, items)
-    seen = [item for item in items if item["item_id"] not in unseen]
-    item_ids = [item["item_id"] for item in candidates]
+    # What may be recommended, and the memory
+    item_ids, hidden = list(item_of), set()
+    if args.candidates:
+        wanted = read_jsonl(args.candidates, {"item_id": ID}, known=set(item_ids))
+        hidden = set(item_ids) - {row["item_id"] for row in wanted}
+    shown = [item_id for item_id in item_ids if item_id not in hidden]
     histories = [row["history"] if of_users else [] for row in rows]
     skip = [set(history) if args.exclude_history else set() for history in histories]
     train, recalled = [], [{}] * len(rows)
     if of_users:
         train = read_samples(run / "train.jsonl", set(item_of))
-        counts, known = count_pairs(train), set(item_ids)
-        counted = count_pairs(read_samples(args.memory_from, set(item_of))) if args.memory_from else counts
-        recalled = [recall(history, counted, known) for history in histories]
+        counted = counts = count_pairs(train)
+        if args.memory_from:
+            counted = count_pairs(read_samples(args.memory_from, set(item_of)))
+        recalled = [recall(history, counted) for history in histories]
 
     # The search
     if device.type == "cuda":
         read_in_bf16(model)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
-    trie = build_trie(torch.from_numpy(codes_of(candidates)), sid["codebook_size"], device,
-                      torch.from_numpy(codes_of(seen)) if unseen else None)
+    new, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
+    is_new, is_hidden = (torch.tensor([i in some for i in item_ids]) for some in (new, hidden))
+    trie = build_trie(codes, sid["codebook_size"], device, is_new, is_hidden)
     num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
     start, found = time.time(), {}
     for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # the last one is shown
         name = f"{path.name} + memory {weight:g}" if weight else path.name
         found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,
-                                            args.batch_tokens, skip, recalled, weight)
+                                            args.batch_tokens, skip, recalled, weight, hidden)
     seconds = max(0.01, round(time.time() - start, 2))
 
     # Some users in words
@@ -505,7 +500,7 @@ def main() -> None:
     leaves = {method: [ranking.leaves for ranking in found[method]] for method in found}
     kinds = what_training_showed(train, counts, rows) if train and num_beams >= 10 else []
     if train:
-        ranked = yardsticks(train, rows, item_ids, skip, recalled, num_beams) | ranked
+        ranked = yardsticks(train, rows, shown, skip, recalled, num_beams) | ranked
     facts = {"task": task, "split": args.split if of_users else "test", "n": len(rows),
              "num_beams": num_beams, "seconds": seconds, "exclude_history": args.exclude_history,
              "candidates": args.candidates, "memory_from": args.memory_from}
@@ -516,7 +511,7 @@ def main() -> None:
     out, metrics = args.predictions or run / "predictions.jsonl", args.metrics or run / "metrics.jsonl"
     write_jsonl(out, predictions)
     write_jsonl(metrics, (read_jsonl(metrics, {}) if Path(metrics).exists() else []) + results)
-    print(f"{len(rows)} examples of {task} | {len(candidates)} items | {num_beams} beams | "
+    print(f"{len(rows)} examples of {task} | {len(shown)} items | {num_beams} beams | "
           f"device {device} | {seconds:.1f} s, {len(found) * len(rows) / seconds:.0f} per second")
     print_table(results)
     print_details([row for row in results if row["level"] == "item"])

@@ -310,8 +310,8 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
         waiting.queue.clear()
         reason = (str(error).replace(key, "***") if key else str(error)) or "interrupted"
         stop(f"{url}: {reason[:300]}; the answers so far are in {cache_path}, run it again")
-    print(f"answers | {len(questions) - len(todo)} cached | {len(todo) - len(failed)} new | {len(failed)} "
-          f"not usable, tfidf takes their place {failed[:5]}")
+    print(f"answers | {len(questions) - len(todo)} cached | {len(todo) - len(failed)} new | "
+          f"{len(failed)} not usable, left to tfidf {failed[:5]}")
     return answers
 
 # ---- Reading what this stage writes ------------------------------
@@ -358,8 +358,7 @@ def main() -> None:
     for token, cluster in clusters.items():
         rng = random.Random(f"{args.seed} {token}")  # whatever the other tokens
         samples[token] = rng.sample(cluster, min(args.sample, len(cluster)))
-    print(f"teacher {args.teacher} | {len(items)} items, {len(clusters)} SID tokens in use, "
-          f"{max(map(len, clusters.values()))} items at most for a token, {args.sample} of them shown")
+    print(f"teacher {args.teacher} | {len(items)} items | {len(clusters)} SID tokens in use")
 
     answers = {}
     if args.teacher == "http" or args.dry_run:

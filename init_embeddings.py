@@ -282,8 +282,8 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
     if items is not None:
         sid, known = checkpoint["sid"], items[:checkpoint["sid"]["num_items"]]
         if sid_digest(known) != sid["digest"] or codes_of(items).max() >= sid["codebook_size"]:
-            stop(f"{path} was made for another catalogue, with other SIDs; run init_embeddings.py again, "
-                 "or name the run it belongs to")
+            stop(f"{path} was made for other SIDs than those of items.jsonl; run the stages after stage 1 "
+                 "again, or name its run")
     config["pad_token_id"] = None  # or its embedding row never trains
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)
@@ -346,31 +346,34 @@ class Trie(NamedTuple):
     codes: list[Tensor]        # per level: (children,)
     max_children: list[int]    # per level: M
     is_new: list[Tensor]       # per level: (children,), are all items below new? Or []
+    is_hidden: list[Tensor]    # per level: (children,), and hidden?
     leaf_start: np.ndarray     # (leaves + 1,) places in leaf_items
     leaf_items: np.ndarray     # (N,) rows of the catalogue, ascending within a leaf
 
-def build_trie(codes: Tensor, codebook_size: int, device: torch.device, old: Tensor | None = None) -> Trie:
-    """The trie of codes (N, L), by one sort; old (n, L): the SIDs that are not new."""
+def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Tensor | None = None,
+               hidden: Tensor | None = None) -> Trie:
+    """The trie of codes (N, L), by one sort. new, hidden (N,): which items are so."""
     num_levels = codes.shape[1]
     if codebook_size ** num_levels > 2 ** 62:
         stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; use fewer")
     place = codebook_size ** torch.arange(num_levels).flip(0)
-    key, order = (codes * place).sum(1).sort(stable=True)  # catalogue order within a leaf
-    nodes, items = torch.unique_consecutive(key, return_counts=True)
+    leaf_of_row = (codes * place).sum(1)
+    in_order, order = leaf_of_row.sort(stable=True)  # catalogue order within a leaf
+    nodes, items = torch.unique_consecutive(in_order, return_counts=True)
     leaf_start = F.pad(items.cumsum(0), (1, 0))
-    old = None if old is None else (old * place).sum(1)
-    first_child, level_codes, max_children, is_new = [], [], [], []
-    for _ in range(num_levels):  # from the leaves up
+    first_child, level_codes, max_children, is_new, is_hidden = [], [], [], [], []
+    for height in range(num_levels):  # from the leaves up
         parents, counts = torch.unique_consecutive(nodes // codebook_size, return_counts=True)
         start = F.pad(counts.cumsum(0), (1, 0))
         first_child.insert(0, start.to(device, torch.int32))
         level_codes.insert(0, (nodes % codebook_size).to(device, torch.int32))
         max_children.insert(0, int(counts.max()))
-        if old is not None:
-            is_new.insert(0, (~torch.isin(nodes, old)).to(device))
-            old = old // codebook_size
+        for rows, marks in ((new, is_new), (hidden, is_hidden)):
+            if rows is not None and rows.any():
+                others = leaf_of_row[~rows] // codebook_size ** height
+                marks.insert(0, ~torch.isin(nodes, others).to(device))
         nodes = parents
-    return Trie(first_child, level_codes, max_children, is_new, leaf_start.numpy(), order.numpy())
+    return Trie(first_child, level_codes, max_children, is_new, is_hidden, leaf_start.numpy(), order.numpy())
 
 def leaf_of_items(trie: Trie) -> np.ndarray:
     """The leaf of each catalogue row, (N,)."""
@@ -396,7 +399,7 @@ def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
 def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Children of beams and their log-probabilities; nodes (B, W), logits (B, W, K) -> two (B, W, M).
 
-    Slots beyond a node's children get -inf.
+    Slots beyond a node's children, and hidden children, get -inf.
     """
     start, end = trie.first_child[level][nodes], trie.first_child[level][nodes + 1]
     slot = torch.arange(trie.max_children[level], device=nodes.device)
@@ -405,7 +408,10 @@ def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor) -> tuple[Tenso
     logits = logits.gather(-1, trie.codes[level][children].long()).masked_fill(~live, -torch.inf)
     if trie.is_new:
         logits = average_siblings(logits, trie.is_new[level][children] & live)
-    return children, logits.log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
+    if trie.is_hidden:
+        log_probs = log_probs.masked_fill(trie.is_hidden[level][children], -torch.inf)
+    return children, log_probs
 
 def path_log_probs(trie: Trie, level: int, path: list[Tensor], logits: Tensor) -> Tensor:
     """Log-probability of each path's next node among siblings; logits (B, 1 or G, K) -> (B, G).

@@ -230,8 +230,8 @@ def show(row: dict, names) -> str:
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
     """The trie; new items count as the average of their siblings."""
     unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
-    seen = torch.tensor([item["item_id"] not in unseen for item in items])
-    trie = build_trie(codes, sid["codebook_size"], device, codes[seen] if unseen else None)
+    is_new = torch.tensor([item["item_id"] in unseen for item in items])
+    trie = build_trie(codes, sid["codebook_size"], device, is_new)
     codes = codes[trie.leaf_items[trie.leaf_start[:-1]]].to(device)  # of each leaf's first item
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     return Catalogue(trie, sid_ids, codes, [item["item_id"] for item in items])

@@ -353,7 +353,7 @@ def load_samples(folder: Path, split: str, known: set, max_history: int) -> dict
 
 # ---- Files and helpers that all stages share ---------------------
 def stop(message: str):
-    """End with one line on stderr and exit code 2: for mistakes that the user can fix."""
+    """End with one line on stderr and exit code 2, for the user's mistakes."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -371,13 +371,13 @@ def read_jsonl(path: str | Path, fields: dict, unique: str = "", known: set | No
                 row = json.loads(text)
                 problem = field_problem(row, fields, known)
                 if not problem and unique and row[unique] in seen:
-                    problem = f"{unique} {row[unique]!r} is there twice"
+                    problem = f"{unique} {row[unique]!r} is there twice; keep one"
                 if problem:
                     stop(f"{path}, line {nth}: {problem}")
                 seen.add(row[unique] if unique else None)
                 rows.append(row)
     except OSError as error:
-        stop(f"{path}: cannot be read ({error.strerror}); check the name, or run its stage first")
+        stop(f"{path}: cannot be read ({error.strerror}); check the name, or run the stage that writes it")
     except (ValueError, RecursionError) as error:  # broken JSON, or not UTF-8
         stop(f"{path}, line {max(1, nth)}: not valid JSON in UTF-8 ({error}); correct that line")
     if not rows and fields:
@@ -502,11 +502,11 @@ def set_up(device_name: str, seed: int = 0) -> torch.device:
 def number(kind: type, low: float, below: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number with low <= number < below."""
     def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and below {below}")
-        return value
-    read.__name__ = kind.__name__
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < below:
+                return kind(text)
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is no {name} from {low} to below {below}")
     return read
 
 SHARED_FLAGS = {
@@ -550,7 +550,7 @@ def add_items(run: Path, path: str, policy: str, seed: int, device: torch.device
     x = encode([item_text(item) for item in new_items], codebook["encoder"], device)
     assign_sids(new_items, x, codebook["centroids"], policy, seed, old_items)
     write_jsonl(run / "items.jsonl", old_items + new_items)
-    print(f"wrote {run}/items.jsonl: {len(old_items)} items as they were, {len(new_items)} new ones")
+    print(f"wrote {run}/items.jsonl: {len(old_items)} old items, {len(new_items)} new")
 
 def main() -> None:
     args = parse_args()
@@ -571,7 +571,7 @@ def main() -> None:
             item["sid"] = sid_of.get(item["item_id"])
         check_sids(args.sids, items)
         (run / "codebook.pt").unlink(missing_ok=True)  # of an older run
-        print(f"SIDs from {args.sids}: {count_collisions(codes_of(items))} collisions, which are kept")
+        print(f"SIDs from {args.sids}: {count_collisions(codes_of(items))} collisions, kept")
     else:
         texts, n = [item_text(item) for item in items], len(items)
         encoder = fit_lsa(texts) if args.encoder == "lsa" else {"name": args.encoder, "pooling": args.pooling}

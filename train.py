@@ -17,8 +17,8 @@ Differs from the papers
   5. --stage align validates on 5 % of its examples and does not train on them.
 
 Examples
-  python train.py --stage align                           # then: --from runs/demo/align.pt
-  python train.py --tasks sequence,similar,title2sid:0.1  # no TS-Align
+  python train.py --stage align                    # then: --from runs/demo/align.pt
+  python train.py --tasks sequence,similar:0.05  # no TS-Align
 """
 import argparse
 import math

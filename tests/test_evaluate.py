@@ -108,7 +108,7 @@ def test_new_items_count_as_their_average_sibling(share):
             return 1 / len(legal)
         return logits[old].softmax(0)[old.index(code)].item() * len(old) / len(legal)
 
-    trie = build_trie(codes, K, CPU, codes[~new])
+    trie = build_trie(codes, K, CPU, new)
     leaves, scores = beam_search(model, trie, sid_ids, prompts, len(codes))
     for row, prompt in enumerate(prompts):
         logits = sid_logits(model, codes, sid_ids, prompt)
@@ -393,37 +393,46 @@ def test_flags_for_files_and_split(run, tmp_path):
     assert not (run / "metrics.jsonl").exists() and not (run / "predictions.jsonl").exists()
 
 
-def test_candidates(run, tmp_path):
-    allowed = [3, 17, 18, 40, 59]
-    write_lines(tmp_path / "some.jsonl", [{"item_id": i} for i in allowed])
-    call(evaluate, "--run", run, "--candidates", tmp_path / "some.jsonl")
-    for p in read_lines(run / "predictions.jsonl"):
-        assert sorted(p["items"]) == allowed                            # all five, fewer than the 20 beams
-        assert sum(map(math.exp, p["scores"])) == pytest.approx(1, abs=1e-4)
-    assert all(m["HR@20"] < 1 for m in read_lines(run / "metrics.jsonl"))
-
-
-def test_only_new_candidates_below_a_known_prefix(run, tmp_path):
-    """The prefix keeps the model's probability, though none of its old items may be recommended."""
+@pytest.mark.parametrize("num_beams", [20, 100])
+@pytest.mark.parametrize("memory", [0, 0.6])
+def test_candidates_are_the_full_ranking_without_the_others(run, tmp_path, memory, num_beams):
+    """Also below a prefix whose only candidate is new, or the only one in stock."""
     old = read_lines(run / "items.jsonl")
     call(tokenize_items, "--run", run, "--add", write_lines(tmp_path / "new.jsonl", [
         {**old[0], "item_id": "n1"}]))
     items = tokenize_items.read_catalogue(run / "items.jsonl")
     prefix = items[-1]["sid"][0]
     assert any(item["sid"][0] == prefix for item in items[:-1])
-    kept = [item["item_id"] for item in items if item["sid"][0] != prefix or item["item_id"] == "n1"]
-    model, tokenizer, checkpoint = init_embeddings.load_model(run / "sft.pt", CPU, items)
-    sid_ids = init_embeddings.sid_token_ids(tokenizer, 3, checkpoint["sid"]["codebook_size"])
-    legal = sorted({int(item["sid"][0][3:-1]) for item in items})
-    call(evaluate, "--run", run, "--memory", 0, "--num-beams", 100, "--candidates",
-         write_lines(tmp_path / "some.jsonl", [{"item_id": i} for i in kept]))
-    pairs = evaluate.read_pairs(run, "next_brief", "test", items, 0)
-    prompts = evaluate.prompt_ids(tokenizer, [pair.instruction for pair in pairs])
-    for prompt, p in zip(prompts, read_lines(run / "predictions.jsonl")):
-        with torch.no_grad():
-            chances = model(torch.tensor([prompt])).logits[0, -1][sid_ids[0][legal]].softmax(0)
-        expected = chances[legal.index(int(prefix[3:-1]))].item()
-        assert math.exp(p["scores"][p["items"].index("n1")]) == pytest.approx(expected, rel=1e-3)
+    shown = ["n1"] + [item["item_id"] for item in items[:-1] if item["sid"][0] != prefix][::4]
+    assert len(shown) < 20
+    some = write_lines(tmp_path / "some.jsonl", [{"item_id": i} for i in shown])
+    flags = ["--run", run, "--memory", memory, "--predictions", tmp_path / "p.jsonl", "--num-beams"]
+    call(evaluate, *flags, 100)
+    every = read_lines(tmp_path / "p.jsonl")
+    call(evaluate, *flags, num_beams, "--candidates", some)
+    for full, p in zip(every, read_lines(tmp_path / "p.jsonl"), strict=True):
+        left = {i: score for i, score in zip(full["items"], full["scores"]) if i in shown}
+        assert p["items"] == list(left) and len(left) == len(shown)
+        assert p["scores"] == pytest.approx(list(left.values()), abs=1e-4)
+    rows = read_lines(run / "metrics.jsonl")
+    assert all(row["HR@20"] < 1 for row in rows if row["candidates"])
+
+
+def test_hidden_items_of_a_shared_sid_and_of_lopsided_tries():
+    """Few beams reach exactly as many candidates; the others never come, not even as padding."""
+    codes = torch.tensor([[0, 0], [0, 1], [0, 1], [0, 2], [1, 0], [2, 3], [2, 4]])
+    model, sid_ids = random_model("qwen2"), TEXT_ROWS + torch.arange(2 * K).view(2, K)
+    full, = search_all(model, build_trie(codes, K, CPU), sid_ids, list("abcdefg"), [[1, 2]], 9, 100)
+    for shown in ("c", "e", "ag", "bcd", "efg", "abcdefg"):
+        rows = torch.tensor(["abcdefg".index(name) for name in shown])
+        hidden = torch.tensor([name not in shown for name in "abcdefg"])
+        trie = build_trie(codes, K, CPU, hidden=hidden)
+        for num_beams in (1, 2, 9):
+            found, = search_all(model, trie, sid_ids, list("abcdefg"), [[1, 2]], num_beams, 100,
+                                hidden=set("abcdefg") - set(shown))
+            assert set(found.items) <= set(shown)
+            assert len(found.leaves) == min(num_beams, len(set(map(tuple, codes[rows].tolist()))))
+        assert found.items == [item for item in full.items if item in shown]
 
 
 def test_the_memory_orders_the_items_of_a_sid():
@@ -556,8 +565,8 @@ ERRORS = {      # name -> (flags, a change to the run, words of the message)
                               lambda run: write_lines(run / "bad.jsonl", [{"item_id": [1]}]), ["bad.jsonl"]),
     "history": (["--history", "12,777"], None, ["--history", "777"]),
     "no checkpoint": (["--checkpoint", "{run}/none.pt"], None, ["none.pt"]),
-    "another catalogue": ([], collide, ["sft.pt", "another catalogue"]),
-    "a code the checkpoint lacks": ([], outgrow, ["sft.pt", "another catalogue"]),
+    "other SIDs": ([], collide, ["sft.pt", "other SIDs", "stage 1"]),
+    "a code the checkpoint lacks": ([], outgrow, ["sft.pt", "other SIDs"]),
     "prompts that are too long": ([], lambda run: change_config(run, max_position_embeddings=12),
                                   ["12", "tokens"]),
     "prompts beyond the window": ([], narrow, ["12", "tokens"]),

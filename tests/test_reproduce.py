@@ -76,7 +76,7 @@ def test_the_table_of_indexes(tmp_path, run):
         (other / "log").mkdir(parents=True)
         shutil.copy(run / "items.jsonl", other)
         (other / "log" / "items.txt").write_text(
-            "SIDs from x.jsonl: 7 collisions, which are kept" if index else
+            "SIDs from x.jsonl: 7 collisions, kept" if index else
             "level   - | mse 1.0 (without codes)\nlevel   a | mse 0.5000 | codes\ncollisions 12 of 40 items")
         write_lines(other / "metrics.jsonl", [row(method, split, hr) for split in ("valid", "test")
                                               for method in ("sft.pt", "sft.pt + memory 0.6")])

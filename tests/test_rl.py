@@ -333,8 +333,8 @@ def test_new_items_are_averaged_as_in_evaluation(run, tmp_path):
         sid = update_sid(checkpoint["sid"], items, targets)             # what this training has as targets
         assert new_items(sid, items) == still_new
         catalogue = stage.load_catalogue(items, tokenizer, sid, CPU)
-        seen = torch.tensor([item["item_id"] not in still_new for item in items])
-        trie = build_trie(codes, sid["codebook_size"], CPU, codes[seen])
+        new = torch.tensor([item["item_id"] in still_new for item in items])
+        trie = build_trie(codes, sid["codebook_size"], CPU, new)
         assert all(map(torch.equal, catalogue.trie.is_new, trie.is_new)) and catalogue.trie.is_new[-1].any()
         leaves = torch.arange(len(catalogue.codes))[None]
         found, scores = beam_search(model, trie, catalogue.sid_ids, [[5, 6, 7]], len(items))

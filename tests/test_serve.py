@@ -118,6 +118,11 @@ def test_a_refusal_is_shown(finished_run, folder, server, monkeypatch, capsys):
                  words=("400", "choices"))
 
 
+def test_no_server_is_one_line(finished_run, folder, capsys):
+    assert_stops(capsys, call, serve, folder, "--run", finished_run, "--engine", "vllm",
+                 "--base-url", "http://127.0.0.1:9", words=("127.0.0.1:9", "start the server"))
+
+
 def test_a_folder_with_other_weights_is_refused(finished_run, folder, capsys):
     assert_stops(capsys, call, serve, folder, "--run", finished_run, "--checkpoint", finished_run / "init.pt",
                  words=(folder, "export it again"))

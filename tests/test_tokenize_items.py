@@ -701,7 +701,7 @@ def test_new_items_get_sids_and_nothing_moves(run, tmp_path, capsys):
     assert after.startswith(before["items.jsonl"])
     assert all((run / name).read_bytes() == data for name, data in before.items() if name != "items.jsonl")
     assert sorted(p.name for p in run.iterdir()) == sorted(before)
-    assert "60 items as they were, 13 new ones" in capsys.readouterr().out
+    assert "60 old items, 13 new" in capsys.readouterr().out
     items = stage.read_catalogue(run / "items.jsonl")
     assert [i["item_id"] for i in items[60:]] == [i["item_id"] for i in new]
     assert len({tuple(i["sid"]) for i in items}) == 73

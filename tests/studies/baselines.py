@@ -151,9 +151,9 @@ def read_rows(run: Path, items: list[dict]) -> dict[str, list[dict]]:
 def evaluate_sasrec(model: SASRec, train: list[dict], samples: list[dict], items: list[dict],
                     memory: float, facts: dict) -> list[dict]:
     """Rows of metrics.jsonl: the model alone, and with the memory."""
-    start, pairs, known = time.time(), count_pairs(train), range(len(items))
+    start, pairs = time.time(), count_pairs(train)
     histories, rankings = [row["history"] for row in samples], {}
-    recalled = [recall(history, pairs, known) for history in histories]
+    recalled = [recall(history, pairs) for history in histories]
     for weight in sorted({0.0, memory}):
         name = f"sasrec + memory {weight:g}" if weight else "sasrec"
         rankings[name] = rank_items(model, histories, recalled, weight)

@@ -120,7 +120,7 @@ def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, pa
     sid, codes, unseen = checkpoint["sid"], codes_of(items), new_items(checkpoint["sid"], items)
     sid_ids = sid_token_ids(tokenizer, sid["num_levels"], sid["codebook_size"]).to(device)
     trie = build_trie(torch.from_numpy(codes), sid["codebook_size"], device,
-                      torch.from_numpy(codes[[item["item_id"] not in unseen for item in items]]))
+                      torch.tensor([item["item_id"] in unseen for item in items]))
     task = TASKS[checkpoint["args"].get("recommends", "next")]
     template = task.instructions[0] + task.end
     item_of, leaf_of = dict(enumerate(items)), dict(enumerate(leaf_of_items(trie).tolist()))
@@ -129,7 +129,7 @@ def explain(path: Path, users: list[dict], items: list[dict], num_beams: int, pa
         shorter = [history[:n] + history[n + 1:] for n in range(len(history)) if len(history) > 1]
         prompts = prompt_ids(tokenizer, [template.format(**history_fields(rows, item_of))
                                          for rows in (history, *shorter)])
-        recalled = [recall(rows, pairs, leaf_of) for rows in (history, *shorter)]
+        recalled = [recall(rows, pairs) for rows in (history, *shorter)]
         masses = [{row: weight * mass for row, mass in found.items()} for found in recalled]
         memory = make_memory(recalled[:1], leaf_of, weight, device) if weight else None
         check_lengths(len(prompts[0]) + sid["num_levels"] - 1, model.config, in_search=True)

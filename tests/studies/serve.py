@@ -15,9 +15,9 @@ A grammar also admits a SID spelled letter by letter; allowed_token_ids or logit
 are compared with the first SID of our beam_search: W=1 is the greedy choice, W=20 what evaluate.py finds.
 
 Examples, from the project's root
-  python tests/studies/serve.py runs/demo/export --run runs/demo
-  python tests/studies/serve.py runs/demo/export --run runs/demo --engine vllm
-  python tests/studies/serve.py runs/demo/export --run runs/demo --engine sglang --print
+  python tests/studies/serve.py runs/demo/served
+  python tests/studies/serve.py runs/mine/served --run runs/mine --engine vllm
+  python tests/studies/serve.py runs/demo/served --engine sglang --print
 """
 import argparse
 import json
@@ -84,7 +84,10 @@ def check_folder(folder: str, ours, our_tokenizer, sid_ids: torch.Tensor, texts:
 def ask(base_url: str, body: dict) -> tuple[str, float]:
     """The most likely of the texts with which the server completes a prompt, and the milliseconds it took."""
     start = time.perf_counter()
-    answer = requests.post(f"{base_url}/completions", json=body, timeout=600)
+    try:
+        answer = requests.post(f"{base_url}/completions", json=body, timeout=600)
+    except requests.RequestException as error:
+        stop(f"{base_url}: no answer ({str(error)[:200]}); start the server first, or give --base-url")
     if not answer.ok:
         stop(f"{base_url} answers {answer.status_code}: {answer.text[:300]}")
     choices = answer.json()["choices"]
