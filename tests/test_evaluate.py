@@ -393,8 +393,7 @@ def test_flags_for_files_and_split(run, tmp_path):
     assert not (run / "metrics.jsonl").exists() and not (run / "predictions.jsonl").exists()
 
 
-@pytest.mark.parametrize("num_beams", [20, 100])
-@pytest.mark.parametrize("memory", [0, 0.6])
+@pytest.mark.parametrize("memory, num_beams", [(0, 100), (0.6, 20)])
 def test_candidates_are_the_full_ranking_without_the_others(run, tmp_path, memory, num_beams):
     """Also below a prefix whose only candidate is new, or the only one in stock."""
     old = read_lines(run / "items.jsonl")
