@@ -31,7 +31,10 @@ def test_every_command_is_accepted_by_its_script(tmp_path):
         if isinstance(step.command, str):
             script, *flags = shlex.split(step.command)
             assert importlib.import_module(Path(script).stem).parse_args(flags)
+    (tmp_path / "sids.jsonl").write_text("")            # as from_peers.py writes it
+    assert reproduce.released_file(tmp_path, "sids") == tmp_path / "sids.jsonl"
     (tmp_path / "official_sids.jsonl").write_text("")
+    assert reproduce.released_file(tmp_path, "sids") == tmp_path / "official_sids.jsonl"
     others = reproduce.index_runs(tmp_path, 42, "industrial", str(tmp_path), "", 1)
     assert [other.run.parent.name for other in others] == ["rqvae", "sinkhorn", "released", "random"]
     for other in others:

@@ -10,7 +10,7 @@
   rl             TS-Rec, table 4: SFT against SFT + RL, from two starts; other rollouts and rewards
   comprehension  TS-Rec, figure 5: Title2SID and SID2Title
   cold           new items, from tokenize_items.py --add, that no training interaction contains
-  teachers       the authors' LLM against TF-IDF, if --data has the authors' official_semantics.jsonl
+  teachers       the authors' LLM against TF-IDF, if --data has the authors' semantics.jsonl
 
 Models are compared as in the papers, without evaluate.py's memory.
 
@@ -235,9 +235,15 @@ def cold_steps(run: Path, seed: int, backbone: str, extra: dict, device: str) ->
     return steps
 
 
+def released_file(data: str, name: str) -> Path:
+    """The peers' SIDs or semantics: DATA/official_NAME.jsonl, or NAME.jsonl as from_peers.py writes it."""
+    official = Path(data) / f"official_{name}.jsonl"
+    return official if official.exists() else Path(data) / f"{name}.jsonl"
+
+
 def teacher_steps(run: Path, seed: int, data: str, backbone: str, extra: dict) -> dict[str, Step]:
     """The released SIDs with TF-IDF's semantics and with the released ones, all else equal."""
-    steps, released, tasks = {}, Path(data) / "official_semantics.jsonl", task_list(backbone)
+    steps, released, tasks = {}, released_file(data, "semantics"), task_list(backbone)
     for name in TEACHERS:
         part = run / f"teacher_{name}"
         common = f"--run {part} --seed {seed}"
@@ -245,7 +251,7 @@ def teacher_steps(run: Path, seed: int, data: str, backbone: str, extra: dict) -
         if name == "llm":
             semantics = partial(shutil.copy, released, part / "semantics.jsonl")
         steps[f"items_{name}"] = Step(f"tokenize_items.py {common} --data {data} "
-                                      f"--sids {data}/official_sids.jsonl")
+                                      f"--sids {released_file(data, 'sids')}")
         steps[f"semantics_{name}"] = Step(semantics, (f"items_{name}",))
         steps[f"init_{name}"] = Step(f"init_embeddings.py {common} --backbone {run}/init_sa.pt",
                                      ("init_sa", f"semantics_{name}"))
@@ -636,8 +642,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     tables, out = args.tables.split(","), Path(args.out)
-    if "teachers" in tables and not (Path(args.data) / "official_semantics.jsonl").exists():
+    if "teachers" in tables and not released_file(args.data, "semantics").exists():
         tables.remove("teachers")
+        if args.data:
+            print(f"no table teachers: {args.data} has no released semantics.jsonl")
     threads = max(1, os.cpu_count() // args.jobs) if args.jobs > 1 else 0
     if threads:
         torch.set_num_threads(threads)                          # for the steps that are functions

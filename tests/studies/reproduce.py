@@ -34,7 +34,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "studies")]
-from ablation import Runner, Step, copy_run, make_all, markdown, task_list  # noqa: E402
+from ablation import Runner, Step, copy_run, make_all, markdown, released_file, task_list  # noqa: E402
 from tokenize_items import (atomic_write, codes_of, make_parser, number, read_catalogue,  # noqa: E402
                             read_jsonl, sid_token, stop, write_jsonl)
 
@@ -52,7 +52,7 @@ INDEXES = {                             # name -> label, flags of tokenize_items
     "kmeans": ("RQ-KMeans (the default)", ""),
     "rqvae": ("RQ-VAE", "--quantizer rqvae"),
     "sinkhorn": ("RQ-KMeans, Sinkhorn against collisions", "--collision sinkhorn"),
-    "released": ("the peers' released SIDs", "--sids {data}/official_sids.jsonl"),
+    "released": ("the peers' released SIDs", "--sids {released}"),
     "random": ("random codes", "--sids {run}/random.jsonl"),
 }
 
@@ -123,12 +123,12 @@ def half_steps(run: Path) -> dict[str, Step]:
 
 def index_runs(out: Path, seed: int, name: str, data: str, device: str, threads: int) -> list[Runner]:
     """One run for each other way to make SIDs."""
-    runners = []
+    runners, released = [], released_file(data, "sids")
     for index, (_, flags) in INDEXES.items():
         run = out / index / f"{name}-{seed}"
-        if index == "kmeans" or index == "released" and not (Path(data) / "official_sids.jsonl").exists():
+        if index == "kmeans" or index == "released" and not released.exists():
             continue
-        steps = run_steps(run, seed, data, [], False, " " + flags.format(data=data, run=run))
+        steps = run_steps(run, seed, data, [], False, " " + flags.format(released=released, run=run))
         if index == "random":
             plain = run_steps(run, seed, data, [], False)["items"]
             steps["items"] = steps["items"]._replace(needs=("sids",))
