@@ -11,14 +11,14 @@ A memory stands beside the model, as in kNN-LM (arXiv 1911.00172), with counts o
     p(item | history) = (1 - lambda m) p_LM(item | history) + lambda p_memory(item | history)
 
 p_memory sums to m: near 1 if the history's items have many counts, 0 if they have none. A prefix has the
-sum of its items, so the search is exact.
+sum of its items, so beams are compared by all that is below them.
 
 Reads   RUN/sft.pt (or --checkpoint), items.jsonl, test.jsonl (or valid), train.jsonl (what is counted),
         queries.jsonl (for search), semantics.jsonl (meanings of tokens, if it exists)
 Writes  RUN/metrics.jsonl (appended), predictions.jsonl
 
 Differs from the papers
-  1. A hit is the target item. The papers count a hit if the SID matches: the line with level "sid".
+  1. A hit is the target item. The papers count a hit if the SID matches: level "sid", if SIDs collide.
   2. The memory; --memory 0 is the papers' system. Counts alone are in the table.
   3. Probabilities are normalised over the trie's children at each level.
   4. Items added later, and never a target yet, count as the average of their siblings.
@@ -64,12 +64,12 @@ engine the SIDs as its list of choices, or the answer may be no SID. The memory 
 """
 SID_TASKS = [name for name, task in TASKS.items() if task.response == "{sid}"]
 
-# ---- The memory: counts of item pairs ----------------------------
+# ---- The memory: counts of item pairs ----------
 def count_pairs(samples: list[dict]) -> dict:
     """Skip-gram counts as shares n / (total + 10): item_id -> {item_id: share}.
 
     Each of the last ten items of a sample's history is a pair with the target. It counts 0.5 ** (items
-    between them), the reverse pair half as much. So a user's pairs count once.
+    between them), the reverse pair half as much. Pairs within the history are those of earlier samples.
     """
     counts: defaultdict = defaultdict(Counter)
     for sample in samples:
@@ -110,14 +110,14 @@ def make_memory(recalled: list[dict], leaf_of: dict, weight: float, device: torc
 
 def remembered(trie: Trie, depth: int, nodes: Tensor, memory: Memory) -> Tensor:
     """lambda * the memory's mass below each node of that depth; nodes (B, W, M) -> (B, W, M)."""
-    low, high = nodes, nodes + 1
-    for first_child in trie.first_child[depth:]:  # the leaves below a node are neighbours
-        low, high = first_child[low], first_child[high]
-    ends = (end.flatten(1).long().contiguous() for end in (low, high))
-    low, high = (torch.searchsorted(memory.leaves, end) for end in ends)
+    first, end = nodes, nodes + 1  # the leaves below a node are a range
+    for first_child in trie.first_child[depth:]:
+        first, end = first_child[first], first_child[end]
+    bounds = (bound.flatten(1).long().contiguous() for bound in (first, end))
+    low, high = (torch.searchsorted(memory.leaves, bound) for bound in bounds)
     return (memory.before.gather(1, high) - memory.before.gather(1, low)).view_as(nodes).float()
 
-# ---- Sampling ----------------------------------------------------
+# ---- Sampling ----------------------------------
 def add_gumbel(x: Tensor, generator: torch.Generator) -> Tensor:
     """x plus standard Gumbel noise."""
     return x - torch.empty_like(x).exponential_(generator=generator).clamp_(min=2 ** -25).log()
@@ -134,7 +134,7 @@ def perturb(scores: Tensor, parent: Tensor, generator: torch.Generator) -> Tenso
     bound = parent[..., None] - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
     return bound.masked_fill(scores == -torch.inf, -torch.inf)
 
-# ---- Tree attention and the search -------------------------------
+# ---- Tree attention and the search -------------
 class Prefix(NamedTuple):
     """The prompts, read once."""
     cache: DynamicCache  # keys and values; tree tokens are appended
@@ -155,8 +155,8 @@ def prefill(model, prompts: list[list[int]], precision: str = "cuda") -> Prefix:
 def tree_mask(lengths: Tensor, width: int, ancestors: list[Tensor], slots: list[int]) -> Tensor:
     """Who may see whom: each beam its user's prompt, its ancestors and itself.
 
-    ancestors: for each depth, which of that depth's `slots` beams is each beam's ancestor (B, W)
-    -> (B, 1, W, T + sum(slots)), True where a key may be read.
+    ancestors, slots: one entry per depth. ancestors[d] (B, W) says which of the slots[d] beams of depth d
+    is each beam's ancestor. -> (B, 1, W, T + sum(slots)), True where a key may be read.
     """
     prompt = torch.arange(width, device=lengths.device) < lengths[:, None]
     parts = [prompt[:, None].expand(-1, ancestors[0].shape[1], -1)]
@@ -166,7 +166,7 @@ def tree_mask(lengths: Tensor, width: int, ancestors: list[Tensor], slots: list[
 
 def read_tokens(model, tokens: Tensor, prefix: Prefix, depth: Tensor | int, ancestors: list[Tensor],
                 slots: list[int], precision: str = "cuda") -> Tensor:
-    """One pass of tree tokens (B, W) at their depth behind the prompts; -> (B, W, D)."""
+    """One pass of tree tokens (B, W) at their depth after the prompts; -> (B, W, D)."""
     with autocast(model.device, precision):
         return model.base_model(
             input_ids=tokens, past_key_values=prefix.cache, use_cache=True,
@@ -203,14 +203,14 @@ def beam_search(model, trie: Trie, sid_ids: Tensor, prompts: list[list[int]], nu
             hidden = read_tokens(model, tokens, prefix, level - 1, ancestors, slots)
         logits = hidden.float() @ head[sid_ids[level]].float().T  # (B, W, K)
         children, log_probs = expand(trie, level, nodes, logits)
-        total = mixed = scores[..., None] + log_probs  # (B, W, M)
+        by_model = mixed = scores[..., None] + log_probs  # (B, W, M); scores: the model's alone
         if memory:
-            mass = remembered(trie, level + 1, children, memory).masked_fill(total == -torch.inf, 0)
-            mixed = torch.logaddexp((1 - memory.share).log() + total, mass.log())
+            mass = remembered(trie, level + 1, children, memory).masked_fill(by_model == -torch.inf, 0)
+            mixed = torch.logaddexp((1 - memory.share).log() + by_model, mass.log())
         rank_by = perturb(mixed, perturbed, sample) if sample else mixed
-        beams = min(num_beams, total[0].numel(), len(trie.codes[level]))
-        perturbed, best = rank_by.flatten(1).topk(beams)
-        scores, nodes = total.flatten(1).gather(1, best), children.flatten(1).gather(1, best)
+        beams = min(num_beams, mixed[0].numel(), len(trie.codes[level]))
+        perturbed, best = rank_by.flatten(1).topk(beams)  # best: places in W * M
+        scores, nodes = by_model.flatten(1).gather(1, best), children.flatten(1).gather(1, best)
     return nodes, mixed.flatten(1).gather(1, best)
 
 class Ranking(NamedTuple):
@@ -226,7 +226,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
 
     skip: items to leave out, by searching with as many more beams.
     recalled: p_memory for every prompt, {item_id: mass}, with its weight (lambda); it sorts a SID's items.
-    hidden: items to leave out for all, as the trie does.
+    hidden: items left out for all; the trie hides a SID if all its items are hidden.
     """
     leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
     skip = skip or [set()] * len(prompts)
@@ -242,8 +242,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
             rankings[user] = ranking = Ranking([], [], [])
             for leaf, score in zip(leaves, scores):
                 rows = trie.leaf_items[trie.leaf_start[leaf]:trie.leaf_start[leaf + 1]]
-                items = [item_ids[row] for row in rows if item_ids[row] not in hidden]
-                items = [item_id for item_id in items if item_id not in skip[user]]
+                items = [i for i in (item_ids[row] for row in rows) if not (i in hidden or i in skip[user])]
                 items.sort(key=lambda item_id: -recalled[user].get(item_id, 0) if weight else 0)
                 if items and score > -torch.inf and len(ranking.leaves) < num_beams:
                     ranking.items.extend(items)
@@ -251,7 +250,7 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
                     ranking.leaves.append(leaf)
     return rankings
 
-# ---- Metrics and yardsticks --------------------------------------
+# ---- Metrics and yardsticks --------------------
 def rank_of(target, ranked: list) -> int | None:
     """1-based place of the target, None if it is missing."""
     return ranked.index(target) + 1 if target in ranked else None
@@ -293,7 +292,7 @@ def what_training_showed(train: list[dict], pairs: dict, samples: list[dict]) ->
     kinds = []
     for sample in samples:
         history, target = sample["history"], sample["target"]
-        facts = (target in history, (history[-1], target) in adjacent,
+        facts = (target in history, (history[-1], target) in adjacent,  # the first true one counts
                  any(target in pairs.get(i, ()) for i in history), target in seen, True)
         kinds.append(KINDS[facts.index(True)])
     return kinds
@@ -327,18 +326,19 @@ def measure(facts: dict, items: list[dict], targets: list, rankings: dict[str, l
             results.append({**facts, "method": method, "level": "sid", **rank_metrics(ranks, cutoffs)})
     return results
 
-# ---- Output ------------------------------------------------------
+# ---- Output ------------------------------------
 def print_table(rows: list[dict]) -> None:
     """One line per method: HR and NDCG at the papers' cut-offs."""
     heads = [f"{name}@{k}" for name in ("HR", "NDCG") for k in (1, 3, 5, 10) if f"HR@{k}" in rows[0]]
     print(f"{'method':<24}{'level':<6}" + "".join(f"{head:>9}" for head in heads))
     for row in rows:
-        print(f"{row['method']:<24}{row['level']:<6}" + "".join(f"{row[head]:>9.4f}" for head in heads))
+        print(f"{row['method'][-23:]:<24}{row['level']:<6}" + "".join(f"{row[head]:>9.4f}" for head in heads))
 
 def print_details(rows: list[dict]) -> None:
-    """HR@1 / HR@10 by kind of target; how often the best codes are right."""
+    """HR@1 / HR@10 by kind of target; how often the best item's codes are right."""
     heads = "".join(f"{row['method'][-19:]:>20}" for row in rows)
-    print(f"\n{'HR@1 / HR@10 of targets':<34}{'n':>6}{heads}")
+    title, n = ("HR@1 / HR@10 of targets", "n") if rows[0]["kinds"] else ("", "")
+    print(f"\n{title:<34}{n:>6}{heads}")
     for kind, first in rows[0]["kinds"].items():
         hits = [f"{row['kinds'][kind]['HR@1']:.3f} / {row['kinds'][kind]['HR@10']:.3f}" for row in rows]
         print(f"{kind:<34}{first['n']:>6}" + "".join(f"{hit:>20}" for hit in hits))
@@ -358,7 +358,7 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
         tokens = [f"{token} {', '.join(map(str, keywords.get(token, [])[:3]))}" for token in item["sid"]]
         return f"{item_id!r} {item['title'][:80]}\n          {' | '.join(tokens)}"
 
-    print("history:")
+    print("history:" if history else "no history")
     for item_id in history:
         print(f"     -    {item_id!r} {item_of[item_id]['title'][:80]}")
     print("recommendations (rank, log-probability, memory's share):")
@@ -383,22 +383,22 @@ def export(folder: Path, model, tokenizer, items: list[dict], instruction: str) 
     (folder / "README.md").write_text(EXPORTED.format(levels=levels, prompt=instruction), encoding="utf-8")
     print(f"wrote {folder}: config, weights, tokenizer, sids.jsonl, README.md")
 
-# ---- Command line ------------------------------------------------
+# ---- Command line ------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "device")
     flag = parser.add_argument
     flag("--checkpoint", help="instead of RUN/sft.pt")
-    flag("--task", choices=SID_TASKS, help="default: the task of the checkpoint")
+    flag("--task", choices=SID_TASKS, help="None: the checkpoint's")
     flag("--split", choices=("test", "valid"), default="test", help="which samples to rank")
     flag("--metrics", help="instead of RUN/metrics.jsonl")
     flag("--predictions", help="instead of RUN/predictions.jsonl")
-    flag("--num-beams", type=number(int, 1), help="W; default: 20; 5 for tasks about items")
+    flag("--num-beams", type=number(int, 1), help="W; None: 20, for tasks about items 5")
     flag("--memory", type=number(float, 0, 1), default=0.6, metavar="LAMBDA", help="0: the papers' system")
     flag("--memory-from", metavar="FILE", help="samples to count, instead of RUN/train.jsonl")
     flag("--candidates", help="the item_ids that may be recommended ({item_id} lines)")
     flag("--exclude-history", action="store_true", help="never recommend an item of the history")
     flag("--batch-tokens", type=number(int, 1), default=16384, help="prompt tokens per batch")
-    flag("--limit", type=number(int, 0), default=0, help="the first samples only; 0: all")
+    flag("--limit", type=number(int, 0), default=0, help="how many samples; 0: all")
     flag("--show", type=number(int, 0), default=0, help="print so many users' recommendations")
     flag("--history", help="comma-separated item_ids: print ten recommendations and stop")
     flag("--export", metavar="DIR", help="write a Hugging Face folder and stop")
@@ -434,7 +434,8 @@ def main() -> None:
     items = read_catalogue(run / "items.jsonl")
     path = Path(args.checkpoint or run / "sft.pt")
     model, tokenizer, checkpoint = load_model(path, device, items)
-    sid, item_of = checkpoint["sid"], {item["item_id"]: item for item in items}
+    sid = checkpoint["sid"]
+    item_of = {item["item_id"]: item for item in items}
     task = args.task or checkpoint["args"].get("recommends", "next")
     of_users = TASKS[task].source == "samples"
 
@@ -485,9 +486,9 @@ def main() -> None:
 
     # Some users in words
     targets = [row.get("target" if of_users else "item_id") for row in rows]
-    meanings = run / "semantics.jsonl"
-    meanings = read_semantics(meanings, items) if meanings.exists() else []
-    keywords = {row["token"]: row["keywords"] for row in meanings}
+    path, keywords = run / "semantics.jsonl", {}
+    if (args.show or args.history) and path.exists():
+        keywords = {row["token"]: row["keywords"] for row in read_semantics(path, items)}
     for n in range(1 if args.history else min(args.show, len(rows))):
         masses = {item_id: weight * mass for item_id, mass in recalled[n].items()}
         print(f"prompt: {instructions[n].strip()}")
@@ -496,8 +497,8 @@ def main() -> None:
         return
 
     # Figures
-    ranked = {method: [ranking.items for ranking in found[method]] for method in found}
-    leaves = {method: [ranking.leaves for ranking in found[method]] for method in found}
+    ranked = {name: [ranking.items for ranking in found[name]] for name in found}
+    leaves = {name: [ranking.leaves for ranking in found[name]] for name in found}
     kinds = what_training_showed(train, counts, rows) if train and num_beams >= 10 else []
     if train:
         ranked = yardsticks(train, rows, shown, skip, recalled, num_beams) | ranked

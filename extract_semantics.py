@@ -89,7 +89,7 @@ RETRIES = 2      # how often a bad answer is asked for again
 TIMEOUT = 10, 600  # seconds to connect, to answer
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
-# ---- Clusters (eq. 6) --------------------------------------------
+# ---- Clusters (eq. 6) --------------------------
 def make_clusters(items: list[dict]) -> dict[str, list[dict]]:
     """Collect the items of every token in use; tokens by level, then code."""
     clusters = defaultdict(list)
@@ -98,9 +98,9 @@ def make_clusters(items: list[dict]) -> dict[str, list[dict]]:
             clusters[token].append(item)
     return {token: clusters[token] for token in sorted(clusters, key=parse_sid_token)}
 
-# ---- The offline teacher (eq. 7): TF-IDF of a cluster ------------
+# ---- The offline teacher (eq. 7): TF-IDF of a cluster ----
 def words_of(text: str) -> list[str]:
-    """Words, and what parts them: "Steel rod, 5mm" -> ["steel", "rod", ",", "5mm"]."""
+    """Words and punctuation marks: "Steel rod, 5mm" -> ["steel", "rod", ",", "5mm"]."""
     return re.findall(r"[^\W_]+|[^\w\s]", text.lower())
 
 def find_brand_words(items: list[dict]) -> set[str]:
@@ -200,15 +200,15 @@ def parse_meaning(text: str, brands: list[str]) -> dict:
     """Read {"description", "keywords"} and check the rules of TS-Rec, appendix A.1."""
     answer = find_json(text, "{}")
     description, keywords = answer.get("description"), answer.get("keywords")
-    if not isinstance(description, str) or not isinstance(keywords, list):
-        raise ValueError('it must be JSON with a string "description" and a list "keywords"')
-    description, keywords = description.strip(), distinct([str(keyword) for keyword in keywords])
-    # An end mark counts before a capital, and at the end
+    if not isinstance(keywords, list) or not all(isinstance(text, str) for text in [description, *keywords]):
+        raise ValueError('it must be JSON: a string "description", strings "keywords"')
+    description, keywords = description.strip(), distinct(keywords)
+    # A mark ends a sentence if a capital follows, or nothing; marks of other scripts always do
     sentences = len(re.findall(r"[.!?](?=\s+\W*[^\W\d_a-z]|\W*$)|[。！？।۔؟]", description))
     if "\n" in description or not 3 <= sentences <= 5:
         raise ValueError(f"the description must be one paragraph of 3 to 5 sentences, not {sentences}")
     if not MIN_KEYWORDS <= len(keywords) <= MAX_KEYWORDS:
-        raise ValueError(f"there must be 10 to 20 different keywords, not {len(keywords)}")
+        raise ValueError(f"give {MIN_KEYWORDS} to {MAX_KEYWORDS} different keywords, not {len(keywords)}")
     for keyword in keywords:
         if not any(letter.isalpha() for letter in keyword):
             raise ValueError(f"the keyword {keyword!r} has no letters")
@@ -227,15 +227,12 @@ def parse_queries(text: str, count: int) -> list[str]:
         raise ValueError(f"there must be {count} different queries, not {len(queries)}")
     return queries
 
-# ---- Asking an OpenAI-compatible server --------------------------
+# ---- Asking an OpenAI-compatible server --------
 def open_session(key: str, workers: int) -> requests.Session:
     """A session that sends the key, and tries again after transient failures."""
-    def add_key(request):  # as `auth`: ~/.netrc would replace a header
-        if key:
-            request.headers["Authorization"] = f"Bearer {key}"
-        return request
     session = requests.Session()
-    session.auth = add_key
+    session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+    session.auth = lambda request: request  # or ~/.netrc would replace the header
     retry = Retry(total=6, connect=2, read=2, backoff_factor=1, status_forcelist=TRANSIENT,
                   allowed_methods=None, raise_on_status=False)
     for scheme in ("http://", "https://"):
@@ -262,7 +259,7 @@ def ask(session: requests.Session, url: str, model: str, question: Question) -> 
     return None
 
 def read_cache(path: Path) -> dict[str, dict | list]:
-    """The answers so far, by key. A truncated last line from a killed run is ignored."""
+    """The answers so far, by key. Bad lines, like the last one of a killed run, are dropped."""
     answers = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError, LookupError, TypeError):
@@ -273,13 +270,14 @@ def read_cache(path: Path) -> dict[str, dict | list]:
 def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, model: str, key: str,
             workers: int) -> dict[str, dict | list]:
     """The teacher's answers by name, without those it failed at; each is cached as it arrives."""
-    cached, keys = read_cache(cache_path), {}
+    cached = read_cache(cache_path)
+    keys, failed = {}, []
     for name, question in questions.items():
         keys[name] = hashlib.sha256(json.dumps([model, question.prompt]).encode()).hexdigest()
     answers = {name: cached[keys[name]] for name in questions if keys[name] in cached}
     todo = [name for name in questions if name not in answers]
     write_jsonl(cache_path, [{"key": k, "answer": answer} for k, answer in cached.items()])
-    url, failed = base_url.rstrip("/") + "/chat/completions", []
+    url = base_url.rstrip("/") + "/chat/completions"
     session, waiting, arrived = open_session(key, workers), queue.Queue(), queue.Queue()
     for name in todo:
         waiting.put(name)
@@ -314,7 +312,7 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
           f"{len(failed)} not usable, left to tfidf {failed[:5]}")
     return answers
 
-# ---- Reading what this stage writes ------------------------------
+# ---- Reading what this stage writes ------------
 def read_semantics(path: str | Path, items: list[dict]) -> list[dict]:
     """Read semantics.jsonl; stops if it describes other SIDs than those of the catalogue."""
     sid_of = {item["item_id"]: item["sid"] for item in items}
@@ -331,7 +329,7 @@ def read_queries(path: Path, known: set, split: str) -> list[dict]:
     rows = read_jsonl(path, {"item_id": ID, "query": str, "split": str}, known=known)
     return [row for row in rows if row["split"] == split]
 
-# ---- Command line ------------------------------------------------
+# ---- Command line ------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed")
     flag = parser.add_argument
@@ -402,6 +400,8 @@ def main() -> None:
                 lines.append({"item_id": item["item_id"], "query": query, "split": split})
         write_jsonl(run / "queries.jsonl", lines)
         print(f"wrote {run}/queries.jsonl: {len(lines)} queries, e.g. {lines[0]['query']!r}")
+    elif (run / "queries.jsonl").exists():
+        print(f"{run}/queries.jsonl is of an earlier run: delete it if the items changed")
 
 if __name__ == "__main__":
     main()

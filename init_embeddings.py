@@ -13,9 +13,9 @@ Writes  RUN/init.pt: config, tokenizer, weights and SID vocabulary in one file
 
 Differs from the paper
   1. `--backbone tiny` (default) builds a small Qwen2-shaped LM and pretrains it on the item texts.
-  2. `--sa-norm`: none is eq. 9 as printed. vocab rescales each row to the vocabulary's average norm, as
-     the authors' code does. centered (default) moves the SA rows' mean to the text rows' mean, then each
-     row to the text rows' average distance from it.
+  2. `--sa-norm`. none: eq. 9 as printed. vocab: each row gets the text rows' average norm, as in the
+     authors' code. centered (default): the SA rows' mean moves to the text rows' mean, and each row gets
+     the text rows' average distance from it.
   3. An untied LM head is initialised in the same way, from its own rows.
 
 Examples
@@ -59,9 +59,9 @@ PROMPT_ENGLISH = (
     "shared by items that exhibit the following scope and characteristics: Describe the typical scope and "
     "shared features of items associated with the token:")
 
-# ---- Vocabulary extension (eq. 4) --------------------------------
+# ---- Vocabulary extension (eq. 4) --------------
 def extend_vocabulary(model, tokenizer, num_levels: int, codebook_size: int) -> Tensor:
-    """Add the L * K SID tokens, to spare rows first; -> their ids (L, K)."""
+    """Add the L * K SID tokens, to unused rows first; -> their ids (L, K)."""
     names = [sid_token(level, code) for level in range(num_levels) for code in range(codebook_size)]
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
     sid_ids = sid_token_ids(tokenizer, num_levels, codebook_size)
@@ -78,7 +78,7 @@ def check_tokens(tokenizer, sid_ids: Tensor) -> None:
         if text.count(i) != 2 or tokenizer.decode([i], skip_special_tokens=True).strip() != name:
             stop(f"this tokenizer reads {name} as {text}, not as one token; choose another backbone")
 
-# ---- Initialisation of the SID rows (eqs. 8, 9; STAR eq. 1) ------
+# ---- Initialisation of the SID rows (eqs. 8, 9; STAR eq. 1) ----
 def keyword_rows(text_rows: Tensor, keyword_ids: list[list[int]]) -> Tensor:
     """SA-Init (eq. 9): the mean row of the word pieces of each SID token; (V, D) -> (n, D)."""
     return torch.stack([text_rows[ids].mean(0) for ids in keyword_ids])
@@ -134,12 +134,12 @@ def show_neighbours(model, tokenizer, sid_ids: Tensor, used: list[str], count: i
         words = [f"{tokenizer.decode([i]).strip()!r} {cosine:.2f}" for i, cosine in zip(ids, cosines)]
         print(f"neighbours {name:>8} | {', '.join(words)}")
 
-# ---- Backbones ---------------------------------------------------
+# ---- Backbones ---------------------------------
 def pretrain(model, tokens: Tensor, steps: int, seed: int) -> float:
     """Next-token prediction on windows of tokens (n,); -> loss of the last steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR, betas=(0.95, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)  # and beta1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PRETRAIN_LR, steps, pct_start=0.3)  # beta1 too
     window, losses = min(PRETRAIN_WINDOW, len(tokens) - 1), []
     torch.backends.cuda.enable_flash_sdp(model.device.type != "cpu")  # slow on a CPU
     model.train()
@@ -195,7 +195,7 @@ def check_head(model, name: str) -> None:
     if not torch.allclose(logits, hidden @ head.T, atol=1e-3, rtol=1e-3):
         stop(f"--backbone {name}: logits are not last hidden state times a matrix; choose another")
 
-# ---- Low-rank adapters (train.py --lora) and dropout ------------
+# ---- Low-rank adapters (train.py --lora) and dropout ----
 class LoRA(nn.Module):
     """y = W x + alpha / R * B A dropout(x), with B = 0 at first (arXiv 2106.09685)."""
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -240,7 +240,7 @@ def add_dropout(model, p: float) -> None:
         if name.endswith((".o_proj", ".down_proj")):
             module.register_forward_hook(hook)
 
-# ---- Checkpoints: what init.pt, align.pt, sft.pt and rl.pt share ----
+# ---- Checkpoints, precision, lengths: for all later stages ----
 def sid_digest(items: list[dict]) -> str:
     """Fingerprint of the items' ids and SIDs, in order."""
     text = "\n".join(f"{json.dumps(item['item_id'])} {''.join(item['sid'])}" for item in items)
@@ -340,13 +340,13 @@ def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 # ---- The trie as flat tensors: for train.py, evaluate.py and rl.py ----
 class Trie(NamedTuple):
-    """All SIDs as a prefix tree. The children of node n at depth l are first_child[l][n] up to
-    first_child[l][n + 1]; their codes are codes[l]. Nodes of depth L are leaves, one per SID."""
+    """All SIDs as a prefix tree. The children of node n at depth l are first_child[l][n] up to, without it,
+    first_child[l][n + 1]; their codes are in codes[l]. Nodes of depth L are leaves, one per SID."""
     first_child: list[Tensor]  # per level: (nodes + 1,)
     codes: list[Tensor]        # per level: (children,)
     max_children: list[int]    # per level: M
-    is_new: list[Tensor]       # per level: (children,), are all items below new? Or []
-    is_hidden: list[Tensor]    # per level: (children,), and hidden?
+    is_new: list[Tensor]       # per level: (children,), are all items below new? [] if none is
+    is_hidden: list[Tensor]    # the same for hidden items
     leaf_start: np.ndarray     # (leaves + 1,) places in leaf_items
     leaf_items: np.ndarray     # (N,) rows of the catalogue, ascending within a leaf
 
@@ -354,8 +354,6 @@ def build_trie(codes: Tensor, codebook_size: int, device: torch.device, new: Ten
                hidden: Tensor | None = None) -> Trie:
     """The trie of codes (N, L), by one sort. new, hidden (N,): which items are so."""
     num_levels = codes.shape[1]
-    if codebook_size ** num_levels > 2 ** 62:
-        stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; use fewer")
     place = codebook_size ** torch.arange(num_levels).flip(0)
     leaf_of_row = (codes * place).sum(1)
     in_order, order = leaf_of_row.sort(stable=True)  # catalogue order within a leaf
@@ -388,12 +386,12 @@ def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
     return path
 
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
-    """Give new children the mean probability of their old siblings; logits, new (B, W, M).
+    """Give a new child the mean probability of its old siblings; logits, new (B, W, M).
 
     The model itself would hardly recommend a code that it never saw there.
     """
     old = logits.masked_fill(new, -torch.inf)
-    count = (old > -torch.inf).sum(-1, keepdim=True)
+    count = (old > -torch.inf).sum(-1, keepdim=True)  # of old siblings
     return torch.where(new & (count > 0), old.logsumexp(-1, keepdim=True) - count.log(), logits)
 
 def expand(trie: Trie, level: int, nodes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -438,8 +436,11 @@ def join_processes(device_name: str, seed: int) -> tuple[torch.device, int, int]
         sys.stdout = open(os.devnull, "w")
     return device, dist.get_rank(), dist.get_world_size()
 
-def leave_processes(interrupted: bool) -> None:
-    """End the script, with exit code 130 if it was interrupted."""
+def leave_processes(interrupted: bool, step: int, resume_path: Path, result: str) -> None:
+    """End a training, with exit code 130 if it was interrupted."""
+    print(f"stopped after update {step}: continue with --resume" if interrupted else result)
+    if not interrupted:
+        resume_path.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -511,7 +512,7 @@ def output_paths(out: Path) -> tuple[Path, Path, Path]:
         stop(f"--out {out}: is a folder; name a file in it")
     return out, *(out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
 
-# ---- Command line ------------------------------------------------
+# ---- Command line ------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
@@ -538,6 +539,8 @@ def main() -> None:
     num_levels, codebook_size = len(items[0]["sid"]), 1 + int(codes_of(items).max())
     if (run / "codebook.pt").exists():
         codebook_size = max(codebook_size, load_pt(run / "codebook.pt", ("centroids",))["centroids"].shape[1])
+    if codebook_size ** num_levels > 2 ** 62:  # as build_trie counts leaves
+        stop(f"{num_levels} levels of {codebook_size} codes do not fit 64 bits; make SIDs with fewer")
     keywords = {}
     if args.init == "sa":
         for row in read_semantics(run / "semantics.jsonl", items):

@@ -57,7 +57,7 @@ PRESETS = {
 }
 
 class Catalogue(NamedTuple):
-    """What rollouts, rewards and validation know of the items, on the model's device."""
+    """What rollouts, rewards and validation know of the items."""
     trie: Trie
     sid_ids: Tensor  # (L, K) vocabulary ids
     codes: Tensor    # (leaves, L)
@@ -85,7 +85,7 @@ def group_rewards(mix: dict, codes: Tensor, leaves: Tensor, scores: Tensor, targ
     rewards = {"hit": hits, "rank": rank_penalty(hits, scores), "prefix": prefix}
     return sum(weight * rewards[name] for name, weight in mix.items())
 
-# ---- The objective -----------------------------------------------
+# ---- The objective -----------------------------
 def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards less the group's mean, over its deviation; (B, G). Equal rewards give 0."""
     away = rewards - rewards.mean(1, keepdim=True)
@@ -105,7 +105,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor,
     return {"loss": (kl_coef * kl - clipped).mean((1, 2)), "kl": kl.detach().mean((1, 2)),
             "clipped": (clipped < ratio * advantages).float().mean((1, 2))}
 
-# ---- One forward pass for a group --------------------------------
+# ---- One forward pass for a group --------------
 def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves: Tensor,
                    precision: str = "cuda") -> Tensor:
     """Log-probability of each token of each rollout among the trie's children; (B, G) -> (B, G, L).
@@ -117,8 +117,8 @@ def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves
     (batch, group), depth = leaves.shape, len(sid_ids) - 1
     path = trie_paths(trie, leaves)
     tokens = torch.cat([sid_ids[level][trie.codes[level][path[level]]] for level in range(depth)], 1)
-    level_of = torch.arange(depth, device=device).repeat_interleave(group)  # of each token
-    rollout_of = torch.arange(group, device=device).repeat(depth)  # -1 below: none
+    level_of = torch.arange(depth, device=device).repeat_interleave(group)  # (G * (L-1),)
+    rollout_of = torch.arange(group, device=device).repeat(depth)  # whose token; below, -1 sees none
     ancestors = [torch.where(level_of >= level, rollout_of, -1).expand(batch, -1) for level in range(depth)]
     prefix = prefill(model, prompts, precision)
     hidden = read_tokens(model, tokens, prefix, level_of, ancestors, [group] * depth, precision)
@@ -128,7 +128,7 @@ def tree_log_probs(model, catalogue: Catalogue, prompts: list[list[int]], leaves
         log_probs.append(path_log_probs(trie, level, path, logits))
     return torch.stack(log_probs, -1)
 
-# ---- Rollouts and updates ----------------------------------------
+# ---- Rollouts and updates ----------------------
 class Prompt(NamedTuple):
     """A prompt and the leaf of its own target."""
     ids: list[int]
@@ -169,7 +169,7 @@ def update(model, reference, optimizer, catalogue: Catalogue, groups: list[Group
         return sums
     lengths = [len(group.prompt) + (len(catalogue.sid_ids) - 1) * len(group.leaves) for group in groups]
     pieces = [[groups[row] for row in rows] for rows in length_batches(lengths, micro_tokens)]
-    before = []  # log-probabilities before the first step, and the reference's
+    before = []  # of each piece: log-probabilities before the first step, and the reference's
     for step in range(updates):
         optimizer.zero_grad(set_to_none=True)
         for place, piece in enumerate(pieces):
@@ -197,7 +197,7 @@ def batch_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     order = random.Random(f"{seed} {step // per_epoch}").sample(range(count), count)
     return order[step % per_epoch * batch_size:][:batch_size]
 
-# ---- Validation and log ------------------------------------------
+# ---- Validation and log ------------------------
 def sum_dict(sums: dict[str, float], device: torch.device) -> dict[str, float]:
     """The sums over all processes, by name."""
     values = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
@@ -226,7 +226,7 @@ def show(row: dict, names) -> str:
     """Figures of a row of the log, in one line."""
     return " | ".join(f"{name} {row[name]:.4g}" for name in names)
 
-# ---- Data --------------------------------------------------------
+# ---- Data --------------------------------------
 def load_catalogue(items: list[dict], tokenizer, sid: dict, device: torch.device) -> Catalogue:
     """The trie; new items count as the average of their siblings."""
     unseen, codes = new_items(sid, items), torch.from_numpy(codes_of(items))
@@ -249,7 +249,7 @@ def read_prompts(tokenizer, tasks: list[str], data: dict, trie: Trie) -> list[Pr
         prompts += [Prompt(prompt, leaf_of[pair.response]) for prompt, pair in zip(ids, pairs)]
     return prompts
 
-# ---- Command line ------------------------------------------------
+# ---- Command line ------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "run", "seed", "device")
     flag = parser.add_argument
@@ -257,10 +257,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--out", help="checkpoint to write, instead of RUN/rl.pt")
     flag("--resume", action="store_true", help="continue an interrupted run")
     flag("--tasks", type=lambda text: list(parse_weights(text, SID_TASKS, "task with an item's SID")),
-         help="default: the checkpoint's; no shares")
+         help="None: the checkpoint's; all prompts count alike")
     flag("--reward", type=lambda text: parse_weights(text, REWARDS, "reward"), default="hit:1",
          help=f"weighted sum of {', '.join(REWARDS)}")
-    flag("--rollout", choices=("beam", "sample"), default="beam", help="draws are without replacement")
+    flag("--rollout", choices=("beam", "sample"), default="beam", help="sample: without replacement")
     flag("--group-size", type=number(int, 2), default=16, help="G, rollouts per prompt")
     flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL to the SFT model")
     flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="clip range of the ratio")
@@ -352,8 +352,9 @@ def main() -> None:
             bar.write(show(row, row))
         validated = step % args.eval_every == 0 or step == steps
         if validated:
+            began = time.time()
             row |= validate(model, catalogue, prompts, targets)
-            start = time.time()  # rollouts per second leave it out
+            start += time.time() - began  # rollouts per second leave it out
             better = row["NDCG@10"] > best
             best, bad_evals = (row["NDCG@10"], 0) if better else (best, bad_evals + 1)
             news = "best so far, saved" if better else f"no better for {bad_evals} validations"
@@ -374,10 +375,7 @@ def main() -> None:
     bar.close()
     for row in (log[0], max(log, key=lambda row: row.get("NDCG@10", 0))):
         print(f"valid | step {row['step']} | {show(row, SHOWN)}")
-    if rank == 0 and not leave:
-        resume_path.unlink(missing_ok=True)
-    print(f"stopped after update {step}: continue with --resume" if leave else f"wrote {out}, {log_path}")
-    leave_processes(leave)
+    leave_processes(leave, step, resume_path, f"wrote {out}, {log_path}")
 
 if __name__ == "__main__":
     main()

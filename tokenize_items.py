@@ -13,7 +13,7 @@ Writes  RUN/items.jsonl (the input plus "sid": ["<a_12>", "<b_7>", "<c_3>"]), tr
 
 Differs from the papers
   1. `--encoder lsa` (default) needs no download. TS-Rec uses Qwen3-Embedding-4B.
-  2. `--collision nearest` (default) takes the free last code nearest to the residual, TS-Rec any (`random`).
+  2. A colliding item gets the free last code nearest to its residual; in TS-Rec any (--collision random).
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
   4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates and levels than STAR.
   5. `--collision sinkhorn` spreads a prefix's items at once, LC-Rec each SID's, also in training.
@@ -54,7 +54,7 @@ RQVAE_UPDATES, RQVAE_BATCH, RQVAE_LR, RQVAE_RESTART = 6000, 128, 2e-3, 100
 SINKHORN_ROUNDS, SINKHORN_STEPS, SINKHORN_EPSILON = 20, 50, 0.0015  # LC-Rec: 0.003 of half the range
 DEMO = Path(__file__).parent / "tests" / "demo"
 
-# ---- Encoders: texts -> (N, D) -----------------------------------
+# ---- Encoders: texts -> (N, D) -----------------
 def item_text(item: dict) -> str:
     """Title and description as one text (section 3.2.1)."""
     return ". ".join(item[name].strip() for name in ("title", "description") if item[name].strip())
@@ -131,7 +131,7 @@ def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
     x = (x - encoder["pca_mean"]) @ encoder["pca_axes"] if "pca_axes" in encoder else x
     return mlp(x, encoder["rqvae"]) if "rqvae" in encoder else x
 
-# ---- RQ-KMeans (eqs. 1-3) ----------------------------------------
+# ---- RQ-KMeans (eqs. 1-3) ----------------------
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++: draw each row by its squared distance to those before; (N, D) -> (K, D)."""
     square = (x * x).sum(1)
@@ -187,9 +187,9 @@ def quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     """Encode by residuals (eqs. 2-3); (N, D), (L, K, D) -> codes (N, L), residual R_L (N, D)."""
     codes = []
     for centroids in codebooks:
-        residual = x
-        codes.append(assign(residual, centroids)[0])
-        x = residual - centroids[codes[-1]]
+        residual = x  # of the last level
+        codes.append(assign(x, centroids)[0])
+        x = x - centroids[codes[-1]]
     return torch.stack(codes, 1), residual
 
 def print_levels(x: Tensor, z: Tensor, codebooks: Tensor, decode: Callable) -> None:
@@ -205,7 +205,7 @@ def print_levels(x: Tensor, z: Tensor, codebooks: Tensor, decode: Callable) -> N
         print(f"level   {level} | mse {mse:.4f} | codes in use {counts.count_nonzero()}/{len(centroids)} | "
               f"perplexity {perplexity:.1f} | largest cluster {counts.max()}")
 
-# ---- RQ-VAE (TIGER, arXiv 2305.05065, section 3.1) ---------------
+# ---- RQ-VAE (TIGER, arXiv 2305.05065, section 3.1) ----
 def mlp(x: Tensor, layers: list) -> Tensor:
     """Linear layers (weight, bias) with a ReLU between them; (N, D) -> (N, D')."""
     for weight, bias in layers[:-1]:
@@ -250,7 +250,7 @@ def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, li
     print_levels(x, mlp(x, encoder).data, codebooks.data, lambda z: mlp(z, decoder).data)
     return codebooks.data, [(weight.data, bias.data) for weight, bias in encoder]
 
-# ---- Collisions --------------------------------------------------
+# ---- Collisions --------------------------------
 def transport_plan(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Sinkhorn-Knopp: rows sum to 1 / N, columns to 1 / K; (N, D), (K, D) -> (N, K)."""
     cost = -x.astype(float) @ centroids.T  # |x|^2 and |c|^2 would cancel out
@@ -281,8 +281,8 @@ def resolve_collisions(codes: np.ndarray, residuals: np.ndarray, centroids: np.n
             if len(movers) > 1:
                 codes[movers, -1] = transport_plan(residuals[movers], centroids).argmax(1)
         distance = ((residuals[rows] - centroids[codes[rows, -1]]) ** 2).sum(1)
-        rows = rows[np.lexsort((distance, rows >= num_fixed))]  # older items first, then the nearest
-        taken, keepers = np.unique(codes[rows, -1], return_index=True)
+        rows = rows[np.lexsort((distance, rows >= num_fixed))]  # fixed rows first, then the nearest
+        taken, keepers = np.unique(codes[rows, -1], return_index=True)  # a code's first row keeps it
         movers = [row for row in np.delete(rows, keepers) if row >= num_fixed]
         free = np.setdiff1d(np.arange(len(centroids)), taken)
         if len(free) < len(movers):
@@ -302,7 +302,7 @@ def count_collisions(codes: np.ndarray) -> int:
     return len(codes) - len(np.unique(codes, axis=0))
 
 def assign_sids(items: list[dict], x: Tensor, codebooks: Tensor, policy: str, seed: int,
-                old_items: list[dict] = ()) -> None:
+                old_items: list[dict] | tuple = ()) -> None:
     """Set each item's "sid" from its vector; (N, D), (L, K, D). The SIDs of `old_items` stay."""
     codes, residuals = (part.cpu().numpy() for part in quantize(x, codebooks))
     if old_items:
@@ -314,7 +314,7 @@ def assign_sids(items: list[dict], x: Tensor, codebooks: Tensor, policy: str, se
     for item, row in zip(items, unique[len(old_items):].tolist()):
         item["sid"] = [sid_token(level, code) for level, code in enumerate(row)]
 
-# ---- Samples -----------------------------------------------------
+# ---- Samples -----------------------------------
 def split_samples(users: list[dict], split: str) -> dict[str, list[dict]]:
     """Make one sample per interaction but a user's first; its history is all that came before.
 
@@ -351,7 +351,7 @@ def load_samples(folder: Path, split: str, known: set, max_history: int) -> dict
             sample["history"] = sample["history"][-max_history:]
     return parts
 
-# ---- Files and helpers that all stages share ---------------------
+# ---- Files and helpers that all stages share ----
 def stop(message: str):
     """End with one line on stderr and exit code 2, for the user's mistakes."""
     print(f"error: {message}", file=sys.stderr)
@@ -498,7 +498,7 @@ def set_up(device_name: str, seed: int = 0) -> torch.device:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # or it takes gigabytes
     return device
 
-# ---- Command line ------------------------------------------------
+# ---- Command line ------------------------------
 def number(kind: type, low: float, below: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number with low <= number < below."""
     def read(text: str) -> float:
@@ -506,7 +506,7 @@ def number(kind: type, low: float, below: float = math.inf) -> Callable[[str], f
             if low <= kind(text) < below:
                 return kind(text)
         name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {name} from {low} to below {below}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {name} x with {low} <= x < {below}")
     return read
 
 SHARED_FLAGS = {
@@ -528,7 +528,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--data", default=str(DEMO), help="folder with items.jsonl and interactions.jsonl or a split")
     flag("--sids", help="SIDs to take, {item_id, sid} lines")
-    flag("--add", metavar="FILE", help="add these items, with SIDs from RUN/codebook.pt")
+    flag("--add", metavar="FILE", help="add these items, with SIDs from RUN/codebook.pt; not after --sids")
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model by name or folder")
     flag("--pooling", choices=("mean", "last"), default="mean", help="Qwen3-Embedding needs last")
     flag("--dim", type=number(int, 0), default=0, help="width after PCA; 0: no PCA; paper: 32")
@@ -536,7 +536,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--codebook-size", type=number(int, 0), default=0, help="K; 0: up to 256")
     flag("--quantizer", choices=("kmeans", "rqvae"), default="kmeans", help="STAR: rqvae")
     flag("--collision", choices=("nearest", "random", "sinkhorn"), default="nearest", help="which free code")
-    flag("--split", choices=("official", "leave-one-out", "chronological"), help="default: what DATA has")
+    flag("--split", choices=("official", "leave-one-out", "chronological"), help="None: what DATA has")
     flag("--max-history", type=number(int, 1), default=10, help="items of a history; STAR: 20")
     return parser.parse_args(argv)
 
@@ -579,8 +579,8 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: the larger of N / 12 and min(32, N / 4), 8 to 256, rounded down to 2^n
-        k = args.codebook_size or 1 << max(8, min(32, n // 4), min(256, n // 12)).bit_length() - 1
+        # Default: N / 12, but at least min(32, N / 4); from 8 to 256, rounded down to a power of 2
+        k = args.codebook_size or 2 ** int(math.log2(max(8, min(32, n // 4), min(256, n // 12))))
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":
             codebooks, encoder["rqvae"] = fit_rqvae(x, args.num_levels, k, args.seed)

@@ -12,7 +12,7 @@ Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; R
 Differs from the papers
   1. The loss is a weighted mean over a batch's supervised tokens: every task has its share (`--tasks`).
   2. A text response ends with EOS, unless cut. A SID does not: its length is fixed.
-  3. The tiny backbone has its own settings and tasks: PRESETS. `--loss trie`: over the trie's children.
+  3. The tiny backbone has its own settings and tasks: PRESETS. --loss trie scores the trie's children.
   4. Prompts are plain lines; STAR's are chat messages. --lora is not quantised; STAR's has 4 bits.
   5. --stage align validates on 5 % of its examples and does not train on them.
 
@@ -53,7 +53,7 @@ class Task(NamedTuple):
     source: str  # "samples", "users", "pairs", "items", "tokens", "queries"
     instructions: tuple[str, ...]
     response: str
-    end: str = "\n"  # goes behind the instruction
+    end: str = "\n"  # comes after the instruction
 
     @property
     def recommends(self) -> bool:
@@ -110,7 +110,7 @@ PRESETS = {
                   weight_decay=0.0, evals_per_epoch=1, patience=3),
 }
 
-# ---- Prompts and examples: for training, evaluation and RL -------
+# ---- Prompts and examples: for training, evaluation and RL ----
 def item_fields(item: dict) -> dict[str, str]:
     """What a template can say about an item."""
     about = " ".join(item["description"].split()[:DESCRIPTION_WORDS])
@@ -223,12 +223,12 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
         tensors = [tensor.pin_memory() for tensor in tensors]  # copies from it do not wait
     return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
-# ---- Batches -----------------------------------------------------
+# ---- Batches -----------------------------------
 def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[str, int]]:
-    """Give each task its share of the loss; -> weighed examples, and how many an epoch takes.
+    """Give each task its share of the loss; -> examples with weights, and how many an epoch takes.
 
     An epoch takes all examples of the tasks with the largest share. The others give fewer, in proportion
-    to their share. One weight per task evens out lengths.
+    to their share. A weight per task makes up for lengths.
     """
     most = max(shares[name] for name in examples)
     largest = max(len(rows) for name, rows in examples.items() if shares[name] == most)
@@ -243,7 +243,7 @@ def weigh(examples: Examples, shares: dict[str, float]) -> tuple[Examples, dict[
     return examples, sizes
 
 def epoch_batches(examples: Examples, sizes: dict, batch_size: int, seed: str) -> list[list[Example]]:
-    """Draw `sizes` examples by task, shuffled, in batches."""
+    """The batches of an epoch: sizes[name] examples of each task, drawn and shuffled."""
     rng = random.Random(seed)
     order = [e for name, rows in examples.items() for e in rng.sample(rows, sizes[name])]
     rng.shuffle(order)
@@ -253,10 +253,10 @@ def micro_batches(batch: list[Example], micro_tokens: int, rank: int, world: int
     """This process's share of a batch, in pieces of `micro_tokens` tokens or one example."""
     lengths = [len(e.ids) for e in batch]
     if world > 1:
-        micro_tokens = min(micro_tokens, -(-sum(lengths) // world))
+        micro_tokens = min(micro_tokens, -(-sum(lengths) // world))  # a piece for each process
     return [[batch[row] for row in rows] for rows in length_batches(lengths, micro_tokens)[rank::world]]
 
-# ---- What trains: everything, or the SID rows alone (STAR) -------
+# ---- What trains: everything, or the SID rows alone (STAR) ----
 def train_sid_rows_only(model, sid_ids: Tensor) -> None:
     """Freeze all but the SID rows of embedding and untied LM head (algorithm 1).
 
@@ -270,7 +270,7 @@ def train_sid_rows_only(model, sid_ids: Tensor) -> None:
         matrix.requires_grad_(True)
         matrix.register_hook(lambda grad, mask=mask: grad * mask)
 
-# ---- Loss --------------------------------------------------------
+# ---- Loss --------------------------------------
 def response_losses(model, trie: Trie, sid_ids: Tensor, batch: Batch) -> Tensor:
     """Negative log-likelihood of each supervised token (eq. 5): texts, then SIDs; (S + R * L,)."""
     # Causal attention never sees the padding on the right, so no mask is needed
@@ -307,7 +307,7 @@ def task_losses(nll: Tensor, counts: Tensor) -> dict[str, float]:
     of_task = {f"loss/{name}": n / count for name, n, count in zip(TASKS, nll, counts) if count}
     return {"loss": sum(nll) / sum(counts), **of_task}
 
-# ---- Data --------------------------------------------------------
+# ---- Data --------------------------------------
 def user_sequences(samples: list[dict]) -> list[dict]:
     """Chain samples that continue each other, in pieces of at most MAX_SEQUENCE items."""
     sequences, last_of = [], {}
@@ -350,7 +350,7 @@ def show_task(tokenizer, name: str, examples: list[Example], size: int, share: f
     print(f"task {name} | {len(examples)} examples, {size} an epoch | {share:.1%} of the loss")
     print(f"example | {prompt + '>>' + response + '<<'!r}")
 
-# ---- Command line ------------------------------------------------
+# ---- Command line ------------------------------
 def parse_weights(text: str, known, kind: str) -> dict[str, float]:
     """Names with optional weights: "next,sid2title:0.1" -> {"next": 1.0, "sid2title": 0.1}."""
     weights = {}
@@ -368,7 +368,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--from", dest="start", help="checkpoint to start from, instead of RUN/init.pt")
     flag("--out", help="checkpoint to write, instead of RUN/align.pt or RUN/sft.pt")
     flag("--resume", action="store_true", help="continue an interrupted run")
-    # The defaults of the next ten depend on backbone and stage, see PRESETS
+    # None: by backbone and stage, see PRESETS
     flag("--tasks", type=lambda text: parse_weights(text, TASKS, "task"), metavar="NAME,NAME:SHARE",
          help=f"tasks and their shares of the loss; of {', '.join(TASKS)}")
     flag("--loss", choices=("vocab", "trie"), help="of SIDs: over the vocabulary, or the trie's children")
@@ -392,7 +392,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
-    """Set what the flags leave open from PRESETS. With queries, `search` is trained too."""
+    """Set what the flags leave open from PRESETS. With queries, sft also trains `search`."""
     preset = dict(PRESETS["tiny" if backbone == "tiny" else "hf"])
     if args.stage == "align":
         preset |= PRESETS["align"]
@@ -451,7 +451,8 @@ def main() -> None:
     check_lengths(-(-longest // 8) * 8, model.config)  # as collate pads
     num_examples = sum(sizes.values())
     steps_per_epoch = math.ceil(num_examples / args.batch_size)
-    steps, eval_every = steps_per_epoch * args.epochs, max(1, steps_per_epoch // args.evals_per_epoch)
+    eval_every = math.ceil(steps_per_epoch / args.evals_per_epoch)
+    steps = steps_per_epoch * args.epochs
 
     # What trains
     if args.stage == "align" or args.lora:
@@ -545,10 +546,7 @@ def main() -> None:
             save_progress(resume_path, model, optimizer, state, settings)
 
     bar.close()
-    if rank == 0 and not leave:
-        resume_path.unlink(missing_ok=True)
-    print(f"stopped after update {step}: continue with --resume" if leave else f"wrote {out}, {log_path}")
-    leave_processes(leave)
+    leave_processes(leave, step, resume_path, f"wrote {out}, {log_path}")
 
 if __name__ == "__main__":
     main()

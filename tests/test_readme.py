@@ -132,7 +132,7 @@ def shop(finished_run, toy_data, tmp_path_factory) -> Path:
     run = shutil.copytree(finished_run, folder / "run")
     for name in ("align", "mean", "init_mean"):
         shutil.copy(run / "init.pt", run / f"{name}.pt")
-    for name in ("rl", "sft_new"):
+    for name in ("rl", "sft_new", "star"):
         shutil.copy(run / "sft.pt", run / f"{name}.pt")
     shutil.copy(run / "init.pt", run / "init_new.pt")
     call(extract_semantics, "--run", run, "--queries", 2)

@@ -317,7 +317,8 @@ def test_interrupted_and_resumed(shop, server, capsys):
 @pytest.mark.parametrize("text, problem", [
     ("Sure! Here it is.", ""), ("", ""), ('{"description": "One. Two. Thr', ""), ('["description"]', ""),
     ({"keywords": WORDS}, '"description"'), ({"description": TEXT}, '"keywords"'),
-    ({**GOOD, "keywords": "a, b"}, '"keywords"'), ({**GOOD, "keywords": [*WORDS, 7]}, "'7' has no letters"),
+    ({**GOOD, "keywords": "a, b"}, '"keywords"'), ({**GOOD, "keywords": [*WORDS, 7]}, "strings"),
+    ({**GOOD, "keywords": [{"word": word} for word in WORDS]}, "strings"), ({**GOOD, "keywords": None}, "strings"),
     ({**GOOD, "description": ""}, "not 0"), ({**GOOD, "description": "Only this. And this."}, "not 2"),
     ({**GOOD, "description": "One. Two! Three? Four. Five. \"Six.\""}, "not 6"),
     ({**GOOD, "description": "A list. It has:\n- Steel.\n- Glass. End."}, "one paragraph"),

@@ -740,15 +740,15 @@ def test_without_patience_it_trains_to_the_end_and_keeps_the_last_weights(monkey
 
 
 def test_validates_and_logs_as_often_as_told_and_after_the_last_update(monkeypatch, run):
-    found = scripted(monkeypatch, run, [3, 2, 1, 0, -1], "--epochs", 2, "--evals-per-epoch", 2,
-                     "--batch-size", 5, "--log-every", 4, "--lr", 1e-2, "--warmup", 100, "--save-every", 3)
-    assert found.validated == [2, 4, 6, 8, 10] == [step for step, _ in found.best]      # 5 updates an epoch
-    assert [state["step"] for state in found.resumes] == [3, 6, 9]
+    found = scripted(monkeypatch, run, [3, 2, 1, 0], "--epochs", 2, "--evals-per-epoch", 2,
+                     "--batch-size", 5, "--log-every", 3, "--lr", 1e-2, "--warmup", 100, "--save-every", 4)
+    assert found.validated == [3, 6, 9, 10] == [step for step, _ in found.best]         # 5 updates an epoch
+    assert [state["step"] for state in found.resumes] == [4, 8]
     rows = [row for row in found.log if "lr" in row]
-    assert [row["step"] for row in rows] == [4, 8] and found.unused == 0
-    assert [row["lr"] for row in rows] == [stage.learning_rate(step, 10, 1e-2, 100) for step in (3, 7)]
+    assert [row["step"] for row in rows] == [3, 6, 9] and found.unused == 0
+    assert [row["lr"] for row in rows] == [stage.learning_rate(step, 10, 1e-2, 100) for step in (2, 5, 8)]
     keys = {"step", "epoch", "loss", "loss/text2token", "lr", "grad_norm", "tokens_per_second", "valid_loss"}
-    assert all(row.keys() == keys for row in rows) and [row["epoch"] for row in rows] == [0.8, 1.6]
+    assert all(row.keys() == keys for row in rows) and [row["epoch"] for row in rows] == [0.6, 1.2, 1.8]
 
 
 @pytest.mark.parametrize("leave_at", [3, 4, 8])

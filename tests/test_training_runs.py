@@ -369,7 +369,7 @@ def test_replicas_with_adapters_equal_one_process(forked, finished_run, tmp_path
 
 @pytest.mark.parametrize("patience, choose", [(9, min), (0, lambda losses: losses[-1])])
 def test_keep_leaves_the_weights_of_every_validation(patience, choose, run):
-    call(stage, "--run", run, "--epochs", 2, "--keep", "--evals-per-epoch", 2, "--out", run / "k.pt",
+    call(stage, "--run", run, "--epochs", 2, "--keep", "--evals-per-epoch", 3, "--out", run / "k.pt",
          "--batch-size", 16, "--patience", patience)
     losses = {row["step"]: row["valid_loss"] for row in log_of(run / "k.pt") if "valid_loss" in row}
     saved = [checkpoint(path) for path in sorted(run.glob("k_?????.pt"))]
