@@ -388,7 +388,7 @@ def trie_paths(trie: Trie, leaves: Tensor) -> list[Tensor]:
 def average_siblings(logits: Tensor, new: Tensor) -> Tensor:
     """Give a new child the mean probability of its old siblings; logits, new (B, W, M).
 
-    The model itself would hardly recommend a code that it never saw there.
+    With --loss vocab, a model hardly recommends a code that it never saw there.
     """
     old = logits.masked_fill(new, -torch.inf)
     count = (old > -torch.inf).sum(-1, keepdim=True)  # of old siblings
