@@ -311,19 +311,19 @@ def hits_by_level(targets: list, ranked: list[list], sid_of: dict) -> list[float
     best = [(sid_of[target], sid_of[items[0]]) for target, items in zip(targets, ranked) if items]
     return [sum(a[:depth] == b[:depth] for a, b in best) / len(targets) for depth in depths]
 
-def measure(facts: dict, items: list[dict], targets: list, rankings: dict[str, list],
-            leaves: dict[str, list], leaf_of: dict, kinds: list[str]) -> list[dict]:
-    """One row per method: figures by item and, if SIDs collide, by SID."""
+def measure(facts: dict, items: list[dict], targets: list, rankings: dict[str, list], by_sid,
+            kinds: list[str]) -> list[dict]:
+    """One row per method: figures by item; if SIDs collide, for `by_sid` also by SID."""
     cutoffs, results = tuple(k for k in CUTOFFS if k <= facts["num_beams"]), []
-    sid_of = {item["item_id"]: item["sid"] for item in items}
+    sid_of = {item["item_id"]: tuple(item["sid"]) for item in items}
     for method, ranked in rankings.items():
         ranks = [rank_of(target, ranking) for target, ranking in zip(targets, ranked)]
         results.append({**facts, "method": method, "level": "item", **rank_metrics(ranks, cutoffs),
                         "codes": hits_by_level(targets, ranked, sid_of), "kinds": hits_by_kind(ranks, kinds)})
-    if len(set(leaf_of.values())) < len(leaf_of):
-        for method, ranked in leaves.items():
-            ranks = [rank_of(leaf_of.get(target), row) for target, row in zip(targets, ranked)]
-            results.append({**facts, "method": method, "level": "sid", **rank_metrics(ranks, cutoffs)})
+    for method in by_sid if len(set(sid_of.values())) < len(sid_of) else ():
+        ranked = [list(dict.fromkeys(sid_of[i] for i in ranking)) for ranking in rankings[method]]
+        ranks = [rank_of(sid_of[target], sids) for target, sids in zip(targets, ranked)]
+        results.append({**facts, "method": method, "level": "sid", **rank_metrics(ranks, cutoffs)})
     return results
 
 # ---- Output ------------------------------------
@@ -381,7 +381,7 @@ def export(folder: Path, model, tokenizer, items: list[dict], instruction: str) 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(EXPORTED.format(levels=levels, prompt=instruction), encoding="utf-8")
-    print(f"wrote {folder}: config, weights, tokenizer, sids.jsonl, README.md")
+    print(f"wrote {folder}")
 
 # ---- Command line ------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -400,21 +400,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch-tokens", type=number(int, 1), default=16384, help="prompt tokens per batch")
     flag("--limit", type=number(int, 0), default=0, help="how many samples; 0: all")
     flag("--show", type=number(int, 0), default=0, help="print so many users' recommendations")
-    flag("--history", help="comma-separated item_ids: print ten recommendations and stop")
+    flag("--history", type=lambda text: text.split(","), metavar="ID,ID", help="recommend for it and stop")
     flag("--export", metavar="DIR", help="write a Hugging Face folder and stop")
     args = parser.parse_args(argv)
     if args.history and args.task and not TASKS[args.task].recommends:
         parser.error(f"--history needs a task with a history, --task {args.task} has none")
     return args
 
-def read_history(text: str, items: list[dict]) -> list:
-    """The item_ids in "12,55,89"."""
+def read_history(names: list[str], items: list[dict]) -> list:
+    """The item_ids that were named."""
     id_of = {str(item["item_id"]): item["item_id"] for item in items}
-    names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in id_of:
-            stop(f"--history: {name} is not in the catalogue")
-    return [id_of[name] for name in names]
+        if name.strip() not in id_of:
+            stop(f"--history: {name!r} is not in the catalogue; give item_ids, with commas")
+    return [id_of[name.strip()] for name in names]
 
 def read_pairs(run: Path, task: str, split: str, items: list[dict], limit: int) -> list:
     """What the task asks: instructions and responses, each with its row of data."""
@@ -438,6 +437,8 @@ def main() -> None:
     item_of = {item["item_id"]: item for item in items}
     task = args.task or checkpoint["args"].get("recommends", "next")
     of_users = TASKS[task].source == "samples"
+    if not of_users and task not in checkpoint["args"].get("tasks", ()):
+        print(f"note: {path} was last trained without {task}")
 
     # What is asked
     if args.history:
@@ -454,14 +455,16 @@ def main() -> None:
     check_lengths(longest, model.config, in_search=True)
 
     # What may be recommended, and the memory
-    item_ids, hidden = list(item_of), set()
+    item_ids = list(item_of)
+    hidden = set()
     if args.candidates:
         wanted = read_jsonl(args.candidates, {"item_id": ID}, known=set(item_ids))
         hidden = set(item_ids) - {row["item_id"] for row in wanted}
     shown = [item_id for item_id in item_ids if item_id not in hidden]
     histories = [row["history"] if of_users else [] for row in rows]
     skip = [set(history) if args.exclude_history else set() for history in histories]
-    train, recalled = [], [{}] * len(rows)
+    train = []
+    recalled = [{}] * len(rows)
     if of_users:
         train = read_samples(run / "train.jsonl", set(item_of))
         counted = counts = count_pairs(train)
@@ -477,7 +480,8 @@ def main() -> None:
     is_new, is_hidden = (torch.tensor([i in some for i in item_ids]) for some in (new, hidden))
     trie = build_trie(codes, sid["codebook_size"], device, is_new, is_hidden)
     num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
-    start, found = time.time(), {}
+    start = time.time()
+    found = {}
     for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # the last one is shown
         name = f"{path.name} + memory {weight:g}" if weight else path.name
         found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,
@@ -498,17 +502,16 @@ def main() -> None:
 
     # Figures
     ranked = {name: [ranking.items for ranking in found[name]] for name in found}
-    leaves = {name: [ranking.leaves for ranking in found[name]] for name in found}
     kinds = what_training_showed(train, counts, rows) if train and num_beams >= 10 else []
     if train:
         ranked = yardsticks(train, rows, shown, skip, recalled, num_beams) | ranked
     facts = {"task": task, "split": args.split if of_users else "test", "n": len(rows),
              "num_beams": num_beams, "seconds": seconds, "exclude_history": args.exclude_history,
              "candidates": args.candidates, "memory_from": args.memory_from}
-    leaf_of = dict(zip(item_ids, leaf_of_items(trie).tolist()))
-    results = measure(facts, items, targets, ranked, leaves, leaf_of, kinds)
-    predictions = [{"user_id": row.get("user_id", ""), "target": target, "items": ranking.items,
-                    "scores": ranking.scores} for row, target, ranking in zip(rows, targets, rankings)]
+    results = measure(facts, items, targets, ranked, found, kinds)
+    asked = {"samples": "user_id", "queries": "query", "items": "title"}[TASKS[task].source]
+    predictions = [{asked: row[asked], "target": target, "items": ranking.items, "scores": ranking.scores}
+                   for row, target, ranking in zip(rows, targets, rankings)]
     out, metrics = args.predictions or run / "predictions.jsonl", args.metrics or run / "metrics.jsonl"
     write_jsonl(out, predictions)
     write_jsonl(metrics, (read_jsonl(metrics, {}) if Path(metrics).exists() else []) + results)

@@ -85,8 +85,7 @@ Use the language of real users; vary length and specificity.
 Answer in pure JSON, without any other text, {count} objects: [{{"query": "..."}}, ...]"""
 ASK_AGAIN = "That answer cannot be used: {problem}. Give the corrected JSON, without any other text."
 MAX_TEXT = 1000  # characters of each field in a prompt
-RETRIES = 2      # how often a bad answer is asked for again
-TIMEOUT = 10, 600  # seconds to connect, to answer
+RETRIES, TIMEOUT = 2, (10, 600)  # after a bad answer; seconds to connect, to answer
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
 # ---- Clusters (eq. 6) --------------------------

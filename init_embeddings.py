@@ -282,8 +282,7 @@ def load_model(path: str | Path, device: torch.device, items: list[dict] | None 
     if items is not None:
         sid, known = checkpoint["sid"], items[:checkpoint["sid"]["num_items"]]
         if sid_digest(known) != sid["digest"] or codes_of(items).max() >= sid["codebook_size"]:
-            stop(f"{path} was made for other SIDs than those of items.jsonl; run the stages after stage 1 "
-                 "again, or name its run")
+            stop(f"{path} is of other SIDs than RUN/items.jsonl; run the stages after stage 1 again")
     config["pad_token_id"] = None  # or its embedding row never trains
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     model.to(next(iter(weights.values())).dtype)

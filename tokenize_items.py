@@ -47,8 +47,7 @@ ID = (int, str)      # the types of item_id and user_id
 SID_TOKEN = re.compile(r"<([a-h])_(0|[1-9][0-9]{0,6})>")
 LSA_WIDTH, LSA_TERMS = 128, 50_000  # D; only the most frequent terms are kept
 MAX_LENGTH, BATCH = 512, 32         # tokens of an item, items of a batch
-KMEANS_ITERATIONS = 100             # at most, per level
-DISTANCE_BYTES = 64 << 20           # memory for one block of the distance matrix
+KMEANS_ITERATIONS, DISTANCE_BYTES = 100, 64 << 20  # at most, per level; per block of distances
 RQVAE_WIDTH, RQVAE_BETA = 32, 0.25  # width of its codes; commitment weight (TIGER)
 RQVAE_UPDATES, RQVAE_BATCH, RQVAE_LR, RQVAE_RESTART = 6000, 128, 2e-3, 100
 SINKHORN_ROUNDS, SINKHORN_STEPS, SINKHORN_EPSILON = 20, 50, 0.0015  # LC-Rec: 0.003 of half the range
@@ -392,7 +391,7 @@ def field_problem(row: object, fields: dict, known: set | None) -> str | None:
         if known is not None and name in ("item_id", "items", "history", "target"):
             for item_id in row[name] if isinstance(row[name], list) else [row[name]]:
                 if not isinstance(item_id, ID) or item_id not in known:
-                    return f"item {item_id!r} is not in the catalogue; add it to items.jsonl, or drop it"
+                    return f"item {item_id!r} is not in the catalogue (5 is not '5'); add it, or drop it"
             if row[name] == []:
                 return f"{name!r} is empty; it needs at least one item"
     return None
@@ -480,10 +479,11 @@ def load_pretrained(auto_class, name: str, **options):
     return model.eval(), tokenizer
 
 def explain(kind, error, trace) -> None:
-    """The hook for uncaught errors: one line for Ctrl-C and for a full GPU."""
+    """The hook for uncaught errors: one line for Ctrl-C, `| head`, and a full GPU."""
     full = "the GPU's memory is full; lower --micro-tokens or --batch-tokens"
-    if kind in (KeyboardInterrupt, torch.OutOfMemoryError):
-        stop("interrupted" if kind is KeyboardInterrupt else full)
+    if kind in (KeyboardInterrupt, BrokenPipeError, torch.OutOfMemoryError):
+        sys.stdout = None  # a closed pipe cannot be flushed
+        stop(full if kind is torch.OutOfMemoryError else "interrupted")
     sys.__excepthook__(kind, error, trace)
 
 def set_up(device_name: str, seed: int = 0) -> torch.device:

@@ -449,7 +449,9 @@ def test_an_item_s_own_fields_do_not_count_as_a_sample(run):
     items = read_lines(run / "items.jsonl")
     write_lines(run / "items.jsonl", [{**item, "target": "men", "history": "2019"} for item in items])
     call(evaluate, "--run", run, "--task", "title2sid", "--limit", 5, "--show", 1, "--exclude-history")
-    assert [p["target"] for p in read_lines(run / "predictions.jsonl")] == [i["item_id"] for i in items[:5]]
+    predictions = read_lines(run / "predictions.jsonl")
+    assert [p["target"] for p in predictions] == [i["item_id"] for i in items[:5]]
+    assert [p["title"] for p in predictions] == [i["title"] for i in items[:5]]
 
 
 def test_fewer_than_ten_beams_have_no_hits_at_ten(run, capsys):
@@ -563,6 +565,11 @@ ERRORS = {      # name -> (flags, a change to the run, words of the message)
     "a list as a candidate": (["--candidates", "{run}/bad.jsonl"],
                               lambda run: write_lines(run / "bad.jsonl", [{"item_id": [1]}]), ["bad.jsonl"]),
     "history": (["--history", "12,777"], None, ["--history", "777"]),
+    "an empty history": (["--history", ""], None, ["--history", "''", "commas"]),
+    "no comma": (["--history", "1 2"], None, ["--history", "'1 2'", "commas"]),
+    "a number as a string": (["--candidates", "{run}/bad.jsonl"],
+                             lambda run: write_lines(run / "bad.jsonl", [{"item_id": "1"}]),
+                             ["'1'", "not in the catalogue (5 is not '5')"]),
     "no checkpoint": (["--checkpoint", "{run}/none.pt"], None, ["none.pt"]),
     "other SIDs": ([], collide, ["sft.pt", "other SIDs", "stage 1"]),
     "a code the checkpoint lacks": ([], outgrow, ["sft.pt", "other SIDs"]),

@@ -14,8 +14,10 @@ def last_row(run) -> dict:
 
 
 @pytest.mark.parametrize("task", ["title2sid", "description2sid", "text2sid", "next_brief", "next"])
-def test_tasks_that_ask_for_sids(run, task):
+def test_tasks_that_ask_for_sids(run, task, capsys):
     call(evaluate, "--run", run, "--task", task, "--limit", 12)
+    untrained = task in ("description2sid", "text2sid")
+    assert ("last trained without" in capsys.readouterr().out) == untrained
     row = last_row(run)
     assert (row["task"], row["n"], row["level"]) == (task, 12, "item")
     assert row["num_beams"] == (20 if TASKS[task].source == "samples" else 5)
@@ -31,7 +33,8 @@ def test_search_reads_the_test_queries_only(run, capsys):
     row = last_row(run)
     assert row["n"] == len(test) and row["task"] == "search" and row["method"] == "sft.pt"
     found = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    assert [row["target"] for row in found] == [row["item_id"] for row in test]
+    assert [(row["query"], row["target"]) for row in found] == [(row["query"], row["item_id"]) for row in test]
+    assert "sft.pt was last trained without search" in capsys.readouterr().out
     write_lines(run / "queries.jsonl", [{"item_id": 999, "query": "rod", "split": "test"}])
     assert_stops(capsys, call, evaluate, "--run", run, "--task", "search",
                  words=("queries.jsonl, line 1", "999"))

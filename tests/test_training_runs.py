@@ -380,7 +380,8 @@ def test_keep_leaves_the_weights_of_every_validation(patience, choose, run):
     assert all(torch.equal(kept[best["step"]]["weights"][name], w) for name, w in best["weights"].items())
 
 
-def test_a_full_gpu_is_one_line(capsys):
+def test_a_full_gpu_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", sys.stdout)           # explain() drops it
     code = ("import tokenize_items, torch\n"
             "tokenize_items.set_up('cpu')\n"
             "raise torch.OutOfMemoryError('CUDA out of memory')")
@@ -393,6 +394,18 @@ def test_a_full_gpu_is_one_line(capsys):
     assert "Traceback" in capsys.readouterr().err
     assert_stops(capsys, tokenize_items.explain, KeyboardInterrupt, KeyboardInterrupt(), None,
                  words=("interrupted",))
+
+
+def test_a_closed_pipe_is_one_line(tmp_path):
+    code = ("import tokenize_items\n"
+            "tokenize_items.set_up('cpu')\n"
+            "for n in range(999):\n"
+            "    print('a long line ' * 99)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        process.stdout.close()                              # as `| head` does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (2, "error: interrupted\n")
 
 
 def test_a_folder_is_no_checkpoint(run, tmp_path, capsys):

@@ -160,7 +160,7 @@ def evaluate_sasrec(model: SASRec, train: list[dict], samples: list[dict], items
     facts |= {"task": "next_brief", "n": len(samples), "num_beams": DEPTH, "exclude_history": False,
               "candidates": None, "seconds": round(time.time() - start, 2)}
     places = [{**item, "item_id": place} for place, item in enumerate(items)]
-    return measure(facts, places, [row["target"] for row in samples], rankings, {}, {},
+    return measure(facts, places, [row["target"] for row in samples], rankings, (),
                    what_training_showed(train, pairs, samples))
 
 
