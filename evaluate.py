@@ -358,9 +358,8 @@ def show_user(history: list, ranking: Ranking, item_of: dict, keywords: dict[str
         tokens = [f"{token} {', '.join(map(str, keywords.get(token, [])[:3]))}" for token in item["sid"]]
         return f"{item_id!r} {item['title'][:80]}\n          {' | '.join(tokens)}"
 
-    print("history:" if history else "no history")
     for item_id in history:
-        print(f"     -    {item_id!r} {item_of[item_id]['title'][:80]}")
+        print(f"history   {item_id!r} {item_of[item_id]['title'][:80]}")
     print("recommendations (rank, log-probability, memory's share):")
     for n, (item_id, score) in enumerate(zip(ranking.items[:10], ranking.scores), 1):
         mark = "  <-- target" if item_id == target else ""

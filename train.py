@@ -411,7 +411,8 @@ def fill_in(args: argparse.Namespace, backbone: str, has_queries: bool) -> None:
 def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
                   leaf_of: dict) -> tuple[Examples, dict[str, int], list[Example]]:
     """Examples by task, how many an epoch takes, examples to validate on (align: 5 % of all)."""
-    examples, valid = {}, []
+    examples = {}
+    valid = []
     for name in args.tasks:
         rows = make_examples(tokenizer, name, data, args.max_response, f"{args.seed} 0", leaf_of)
         if args.stage == "align":
@@ -464,9 +465,6 @@ def main() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = make_optimizer(model, args.lr, args.beta2, args.weight_decay)
-    total = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
-    print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {args.epochs} epochs of "
-          f"{num_examples} examples, {steps_per_epoch} updates, {total * args.epochs / 1e6:.2f} M tokens")
 
     # Where the run stands
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
@@ -476,7 +474,10 @@ def main() -> None:
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)
         step, best, bad_evals, log = (state[name] for name in ("step", "best", "bad_evals", "log"))
-        print(f"continuing after update {step}")
+    total = sum(sizes[name] * sum(len(e.ids) for e in rows) / len(rows) for name, rows in examples.items())
+    print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {args.epochs} epochs of "
+          f"{num_examples} examples, {steps_per_epoch} updates, {total * args.epochs / 1e6:.2f} M tokens | "
+          f"starts after update {step}")
     interrupted, leave, batches = catch_interrupts(device), False, []
     nll, counts = torch.zeros(2, len(TASKS), device=device, dtype=torch.double)
     start, tokens = time.time(), 0  # since the last log line, as are nll and counts
