@@ -18,7 +18,7 @@ Reads   RUN/sft.pt (or --checkpoint), items.jsonl, test.jsonl (or valid), train.
 Writes  RUN/metrics.jsonl (appended), predictions.jsonl
 
 Differs from the papers
-  1. A hit is the target item. The papers count a hit if the SID matches: level "sid", if SIDs collide.
+  1. A hit is the target item. MiniOneRec's code counts the SID: level "sid", if SIDs collide.
   2. The memory; --memory 0 is the papers' system. Counts alone are in the table.
   3. Probabilities are normalised over the trie's children at each level.
   4. Items added later, and never a target yet, count as the average of their siblings.

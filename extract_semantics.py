@@ -67,7 +67,7 @@ specific enough to convey shared traits.
 - Write one continuous paragraph of 3-5 sentences, no bullet points: neutral, objective third person; \
 focused on function, durability, applicability or end-user benefits.
 - Replace exact measurements, quantities and configurations with generalized terms.
-- No brand names, marketing slogans or promotional adjectives; only verifiable facts.
+- No brand names, technology names, slogans or promotional adjectives; only verifiable facts.
 - Extract 10-20 domain-relevant, semantically meaningful keywords; none is only a number.
 
 Items, one JSON object per line:
@@ -196,7 +196,7 @@ def distinct(texts: list[str]) -> list[str]:
     return list({text.strip().lower(): text.strip() for text in texts if text.strip()}.values())
 
 def parse_meaning(text: str, brands: list[str]) -> dict:
-    """Read {"description", "keywords"} and check the rules of TS-Rec, appendix A.1."""
+    """Read {"description", "keywords"} and check what can be counted of TS-Rec, A.1."""
     answer = find_json(text, "{}")
     description, keywords = answer.get("description"), answer.get("keywords")
     if not isinstance(keywords, list) or not all(isinstance(text, str) for text in [description, *keywords]):

@@ -16,7 +16,7 @@ Differs from the paper
   2. `--sa-norm`. none: eq. 9 as printed. vocab: each row gets the text rows' average norm, as in the
      authors' code. centered (default): the SA rows' mean moves to the text rows' mean, and each row gets
      the text rows' average distance from it.
-  3. An untied LM head is initialised in the same way, from its own rows.
+  3. An untied head starts likewise, from its own rows. Unused codes get rows too.
 
 Examples
   python init_embeddings.py --run runs/qwen --backbone Qwen/Qwen2.5-1.5B --sa-norm vocab
@@ -50,7 +50,7 @@ from tokenize_items import (
 
 # Shapes: V vocabulary rows, D width, L levels, K codes per level, B sequences, T tokens.
 PRETRAIN_WINDOW, PRETRAIN_BATCH, PRETRAIN_LR = 128, 16, 2e-3
-NORMAL_STD = 0.02                    # of new rows in Hugging Face's models
+NORMAL_STD = 0.02                    # initializer_range of Qwen2
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05  # STAR, A.4
 NOT_COMPARED = ("run", "start", "out", "resume", "device", "keep", "micro_tokens")  # by --resume
 # The tiny BPE sees this too, or prompts would be spelled by letters.

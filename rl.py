@@ -16,7 +16,7 @@ Differs from the paper and from MiniOneRec
   1. Probabilities are over the trie's children at each level, in rollouts and in the update.
   2. The group is MiniOneRec's beams. `--rollout sample` draws distinct SIDs without replacement.
   3. A group with equal rewards is dropped from both terms. It still counts in the batch's mean.
-  4. The reference stays the SFT model. There is no dropout.
+  4. Prompts: next item only. std is biased. The reference stays the SFT model. No dropout.
 
 Examples
   python rl.py --reward hit:1,rank:1  # MiniOneRec's reward

@@ -12,7 +12,7 @@ Writes  RUN/items.jsonl (the input plus "sid": ["<a_12>", "<b_7>", "<c_3>"]), tr
         codebook.pt (centroids (L, K, D) and the encoder, for new items later)
 
 Differs from the papers
-  1. `--encoder lsa` (default) needs no download. TS-Rec uses Qwen3-Embedding-4B.
+  1. `--encoder lsa` (default) needs no download. TS-Rec: Qwen3-Embedding-4B. 512 tokens; STAR: 2,048.
   2. A colliding item gets the free last code nearest to its residual; in TS-Rec any (--collision random).
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
   4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates and levels than STAR.
@@ -227,7 +227,7 @@ def rqvae_loss(x: Tensor, encoder: list, codebooks: Tensor, decoder: list) -> Te
 
 def fit_rqvae(x: Tensor, num_levels: int, k: int, seed: int) -> tuple[Tensor, list]:
     """Train an RQ-VAE, He initialised; (N, D) -> codebooks (L, K, RQVAE_WIDTH), encoder layers."""
-    top = min(1024, 4 * x.shape[1])  # STAR: 1024 for D = 1024; TIGER: 512 for 128
+    top = min(1024, 4 * x.shape[1])  # for D = 1024 STAR's, for LSA's 128 TIGER's
     widths = [x.shape[1], top, top // 2, top // 4, RQVAE_WIDTH]
     pairs = list(zip(widths, widths[1:]))
     encoder = [(torch.randn(b, a).to(x) * (2 / a) ** 0.5, x.new_zeros(b)) for a, b in pairs]
@@ -318,7 +318,7 @@ def split_samples(users: list[dict], split: str) -> dict[str, list[dict]]:
     """Make one sample per interaction but a user's first; its history is all that came before.
 
     leave-one-out: a user's last target is for test, the one before for validation, the others train.
-    chronological: all samples by the time of their target, cut 8:1:1, as MiniOneRec and TS-Rec do.
+    chronological: all samples by the time of their target, cut 8:1:1, as MiniOneRec does.
     """
     samples = [[{"user_id": user["user_id"], "history": user["items"][:place], "target": target}
                 for place, target in enumerate(user["items"]) if place > 0] for user in users]

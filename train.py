@@ -10,10 +10,10 @@ Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; R
         RUN/sft_resume.pt, see --save-every; with --keep, RUN/sft_00236.pt at every validation
 
 Differs from the papers
-  1. The loss is a weighted mean over a batch's supervised tokens: every task has its share (`--tasks`).
+  1. Each task has its share of a weighted mean loss, and of an epoch's examples (`--tasks`).
   2. A text response ends with EOS, unless cut. A SID does not: its length is fixed.
   3. The tiny backbone has its own settings and tasks: PRESETS. --loss trie scores the trie's children.
-  4. Prompts are plain lines; STAR's are chat messages. --lora is not quantised; STAR's has 4 bits.
+  4. Prompts are plain lines, STAR's chat messages. --lora: not QLoRA; SID rows only, STAR's all rows.
   5. --stage align validates on 5 % of its examples and does not train on them.
 
 Examples
@@ -98,7 +98,7 @@ TASKS = {  # TS-Rec, A.2; from description2sid on STAR, A.2; the last three: our
 TS_REC = "next,title2sid:0.1,sid2title:0.1,next_title:0.1,next_description:0.1,text2token:0.1,token2text:0.1"
 STAR_ALIGN = "title2sid,description2sid,text2sid,name_item,describe_item,sid2text"
 
-# Settings by backbone and stage. "hf" is TS-Rec's section 5.1.4, "align" is STAR's A.4.
+# By backbone and stage. lr, batch, epochs: "hf" as TS-Rec 5.1.4 (and patience), "align" as STAR A.4.
 PRESETS = {
     "hf": dict(tasks=TS_REC, loss="vocab", epochs=3, lr=3e-4, beta2=0.999, batch_size=1024, warmup=20,
                dropout=0.0, weight_decay=0.0, evals_per_epoch=4, patience=3, max_response=256,

@@ -3,7 +3,8 @@
   tsrec          TS-Rec, table 3: without SA-Init, without TS-Align, without both
   depth          TS-Rec, figure 4: SA-Init on the first 0, 1, 2, 3 levels, and HR@5 along training
   inits          SID rows at random, from the mean of the vocabulary, by SA-Init in three ways, after align
-  star           STAR, tables 1 and 3: align, then sft on the next item alone; all weights aligned instead;
+  star           STAR, table 1: align, then sft on the next item alone; all weights aligned instead (STAR's
+                 table 3, there for search);
                  no alignment; LC-Rec style and TS-Rec, both multi-task
   search         STAR, table 2: search queries; after align, sft on next item and search alone
   scaling        STAR, figure 3: 10, 25, 50 and 100 % of the training users
@@ -73,7 +74,7 @@ ARMS = {
     "mean": Arm("mean of the vocabulary", "mean"),
     "printed": Arm("SA-Init as printed, --sa-norm none", "printed"),
     "vocab": Arm("SA-Init, --sa-norm vocab", "vocab"),
-    "normal": Arm("N(0, 0.02^2), the default of Hugging Face", "normal"),
+    "normal": Arm("N(0, 0.02^2), initializer_range of Qwen2", "normal"),
     "aligned": Arm("mean, align, then sft with TS-Align", "mean", align="align"),
     "alone": Arm("mean, next item alone", "mean", alone=True),
     "star": Arm("STAR: mean, align, next item alone", "mean", align="align", alone=True),
@@ -592,7 +593,7 @@ TABLES = {
     "depth": Table(evaluations(DEPTHS, "valid", "test", "along"), depth_table),
     "inits": Table(evaluations(STARTS, "valid", "test", "rows"), inits_tables),
     "star": Table(evaluations(STAR, "valid", "test"), partial(
-        arms_table, "STAR, tables 1 and 3: align, then sft", STAR)),
+        arms_table, "STAR, table 1: align, then sft", STAR)),
     "search": Table(evaluations(SEARCH, "test", "search"), partial(
         models_table, "STAR, table 2: search, and the next item",
         ("search HR@5", "search HR@10", "search NDCG@5", "search NDCG@10", "HR@10", "NDCG@10"),
