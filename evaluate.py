@@ -22,11 +22,9 @@ Differs from the papers
   2. The memory; --memory 0 is the papers' system. Counts alone are in the table.
   3. Probabilities are normalised over the trie's children at each level.
   4. Items added later, and never a target yet, count as the average of their siblings.
-  5. --candidates shortens the ranking; the scores stay.
 
 Examples
   python evaluate.py --show 3            # three test users in words
-  python evaluate.py --history 12,55,89  # ten recommendations
 """
 import argparse
 import math
@@ -232,8 +230,8 @@ def search_all(model, trie: Trie, sid_ids: Tensor, item_ids: list, prompts: list
     skip = skip or [set()] * len(prompts)
     rankings: list = [None] * len(prompts)
     batches = length_batches([len(prompt) for prompt in prompts], batch_tokens)
+    beams = num_beams + max(map(len, skip), default=0)
     for users in tqdm(batches, desc="search", unit="batch", disable=None):
-        beams = num_beams + max(len(skip[user]) for user in users)
         memory = None
         if weight:
             memory = make_memory([recalled[user] for user in users], leaf_of, weight, model.device)
@@ -512,12 +510,12 @@ def main() -> None:
     predictions = [{asked: row[asked], "target": target, "items": ranking.items, "scores": ranking.scores}
                    for row, target, ranking in zip(rows, targets, rankings)]
     out, metrics = args.predictions or run / "predictions.jsonl", args.metrics or run / "metrics.jsonl"
-    write_jsonl(out, predictions)
-    write_jsonl(metrics, (read_jsonl(metrics, {}) if Path(metrics).exists() else []) + results)
     print(f"{len(rows)} examples of {task} | {len(shown)} items | {num_beams} beams | "
           f"device {device} | {seconds:.1f} s, {len(found) * len(rows) / seconds:.0f} per second")
     print_table(results)
     print_details([row for row in results if row["level"] == "item"])
+    write_jsonl(out, predictions)
+    write_jsonl(metrics, (read_jsonl(metrics, {}) if Path(metrics).exists() else []) + results)
     print(f"wrote {metrics}, {out}")
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ Writes  RUN/semantics.jsonl: {"token": "<a_12>", "description": str, "keywords":
         RUN/teacher_cache.jsonl, with --teacher http: good answers; a killed run continues from them
 
 Differs from the paper
-  1. `--teacher tfidf` (default) is not a language model. Descriptions fill a template, queries are words
+  1. `--teacher tfidf` (default) is no language model. Descriptions fill a template, queries are words
      of the title. Keywords have no brands or numbers, as in A.1.
   2. `--teacher http` gets the papers' prompts, shortened. A bad answer is asked for again, with what was
      wrong. If it is still bad, tfidf takes its place, as "source" says.
-  3. STAR (appendix A.1.2) writes 5 queries per item. Here one per item is for testing.
 
 Examples
   python extract_semantics.py  # the demo, 1 s
-  python extract_semantics.py --teacher http --base-url http://localhost:8000/v1 --teacher-model NAME
 """
 import argparse
 import contextlib
@@ -189,7 +187,8 @@ def make_questions(samples: dict[str, list[dict]], items: list[dict],
 def find_json(text: str, brackets: str):
     """Parse what is between the outermost brackets. Some models think aloud before they answer."""
     text = text.rpartition("</think>")[2]
-    return json.loads(text[text.find(brackets[0]):text.rfind(brackets[1]) + 1])
+    answer = json.loads(text[text.find(brackets[0]):text.rfind(brackets[1]) + 1])
+    return json.loads(json.dumps(answer, ensure_ascii=False).encode(errors="replace"))  # half an emoji
 
 def distinct(texts: list[str]) -> list[str]:
     """The texts that are not empty, each once, whatever its case."""
@@ -245,7 +244,8 @@ def ask(session: requests.Session, url: str, model: str, question: Question) -> 
         body = {"model": model, "messages": chat}
         reply = session.post(url, json=body, timeout=TIMEOUT, allow_redirects=False)
         if reply.status_code != 200:
-            raise requests.HTTPError(f"status {reply.status_code}: {' '.join(reply.text.split())}")
+            error = LookupError if reply.status_code in (400, 413, 422) else requests.HTTPError  # of a prompt
+            raise error(f"status {reply.status_code}: {' '.join(reply.text.split())}")
         try:
             text = str(reply.json()["choices"][0]["message"]["content"] or "")
         except (ValueError, LookupError, TypeError):
@@ -295,15 +295,15 @@ def ask_all(questions: dict[str, Question], cache_path: Path, base_url: str, mod
         with open(cache_path, "a", encoding="utf-8") as file:
             for _ in tqdm(todo, unit="answer", disable=None):
                 name, answer = arrived.get()
-                if isinstance(answer, Exception):
-                    raise answer
-                if answer is None:
+                if answer is None or isinstance(answer, LookupError) and len(answers) > len(failed):
                     failed.append(name)
                     continue
+                if isinstance(answer, Exception):
+                    raise answer
                 answers[name] = answer
                 file.write(json.dumps({"key": keys[name], "answer": answer}) + "\n")
                 file.flush()
-    except (OSError, ValueError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, LookupError, KeyboardInterrupt) as error:
         waiting.queue.clear()
         reason = (str(error).replace(key, "***") if key else str(error)) or "interrupted"
         stop(f"{url}: {reason[:300]}; the answers so far are in {cache_path}, run it again")
@@ -344,7 +344,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.queries == 1:
         parser.error("--queries must be 0 or at least 2: one query of each item is for testing")
     if args.teacher == "http" and not (args.base_url.startswith("http") and args.teacher_model):
-        parser.error("--teacher http needs --base-url, like https://api.deepseek.com, and --teacher-model")
+        parser.error("--teacher http needs --base-url http..., and --teacher-model")
     return args
 
 def main() -> None:
@@ -361,7 +361,7 @@ def main() -> None:
     if args.teacher == "http" or args.dry_run:
         key = os.environ.get(args.api_key_env, "").strip()
         if not re.fullmatch("[!-~]*", key):
-            stop(f"the key in ${args.api_key_env} has characters that no key has; set it again")
+            stop(f"${args.api_key_env} has characters that no key has; set it again")
         questions = make_questions(samples, items, args.queries)
         if args.dry_run:
             letters = sum(len(question.prompt) for question in questions.values())

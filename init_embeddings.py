@@ -19,7 +19,6 @@ Differs from the paper
   3. An untied head starts likewise, from its own rows. Unused codes get rows too.
 
 Examples
-  python init_embeddings.py --run runs/qwen --backbone Qwen/Qwen2.5-1.5B --sa-norm vocab
   python init_embeddings.py --backbone runs/demo/init.pt --init mean --out runs/demo/init_mean.pt
 """
 import argparse
@@ -41,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    AddedToken, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer)
+    AddedToken, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, Qwen2Tokenizer)
 
 from extract_semantics import read_semantics
 from tokenize_items import (
@@ -186,14 +185,19 @@ def load_backbone(name: str, device: torch.device):
 
 @torch.no_grad()
 def check_head(model, name: str) -> None:
-    """Stop unless logits = last hidden state @ head.T at positions 0, 1, 2, ..."""
+    """Stop unless logits = last hidden state @ head.T, also if read in two parts, as the search does."""
     ids = torch.arange(1, 9, device=model.device)[None]
-    positions = torch.arange(8, device=model.device)[None]
-    logits = model(ids, use_cache=False).logits
-    hidden = model.base_model(ids, position_ids=positions, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings().weight
-    if not torch.allclose(logits, hidden @ head.T, atol=1e-3, rtol=1e-3):
-        stop(f"--backbone {name}: logits are not last hidden state times a matrix; choose another")
+    mask = torch.ones(4, 8, dtype=torch.bool, device=model.device).tril(4)[None, None]
+    try:
+        logits, cache = model(ids, use_cache=False).logits[:, 4:], DynamicCache()
+        model.base_model(ids[:, :4], past_key_values=cache, use_cache=True)
+        hidden = model.base_model(ids[:, 4:], past_key_values=cache, use_cache=True, attention_mask=mask,
+                                  position_ids=ids[:, 4:] - 1).last_hidden_state
+        same = torch.allclose(logits, hidden @ model.get_output_embeddings().weight.T, atol=1e-3, rtol=1e-3)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        same = False
+    if not same:
+        stop(f"--backbone {name}: no plain attention, or its logits are no linear map; choose another")
 
 # ---- Low-rank adapters (train.py --lora) and dropout ----
 class LoRA(nn.Module):
@@ -505,10 +509,10 @@ def fingerprint(model, sid_ids: Tensor) -> int:
     """The sum of the SID rows' bits, to tell checkpoints apart."""
     return model.get_input_embeddings().weight.detach()[sid_ids].view(torch.int32).sum().item()
 
-def output_paths(out: Path) -> tuple[Path, Path, Path]:
-    """A checkpoint, its log, and what --resume needs; stops if `out` is a folder."""
-    if out.is_dir():
-        stop(f"--out {out}: is a folder; name a file in it")
+def output_paths(out: Path, start: str | Path) -> tuple[Path, Path, Path]:
+    """A checkpoint, its log, and what --resume needs; stops if `out` is a folder, or `start`."""
+    if out.is_dir() or out.resolve() == Path(start).resolve():
+        stop(f"--out {out}: is a folder, or what the training starts from; name another file")
     return out, *(out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
 
 # ---- Command line ------------------------------
@@ -522,9 +526,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="none: eq. 9")
     flag("--backbone", default="tiny", help="tiny, or a causal LM: name, folder, or checkpoint")
     flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")
-    flag("--layers", type=number(int, 1), default=3, help="tiny: number of layers")
+    flag("--layers", type=number(int, 1), default=3, help="tiny: layers")
     flag("--vocab-size", type=number(int, 1), default=6000, help="tiny: pieces of the BPE")
-    flag("--pretrain-steps", type=number(int, 1), default=150, help="tiny: steps on the item texts")
+    flag("--pretrain-steps", type=number(int, 1), default=150, help="tiny: steps")
     args = parser.parse_args(argv)
     if args.width % 32:
         parser.error("--width must be a multiple of 32")

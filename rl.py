@@ -20,7 +20,6 @@ Differs from the paper and from MiniOneRec
 
 Examples
   python rl.py --reward hit:1,rank:1  # MiniOneRec's reward
-  torchrun --nproc-per-node 8 -- rl.py --run runs/qwen
 """
 import argparse
 import copy
@@ -262,13 +261,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          help=f"weighted sum of {', '.join(REWARDS)}")
     flag("--rollout", choices=("beam", "sample"), default="beam", help="sample: without replacement")
     flag("--group-size", type=number(int, 2), default=16, help="G, rollouts per prompt")
-    flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL to the SFT model")
+    flag("--kl-coef", type=number(float, 0), default=1e-3, help="weight of the KL")
     flag("--clip-eps", type=number(float, 1e-6, 1), default=0.2, help="clip range of the ratio")
     flag("--updates-per-rollout", type=number(int, 1), default=1, help="above 1, the clip acts")
-    flag("--epochs", type=number(int, 1), help="passes over the prompts; see PRESETS")
-    flag("--lr", type=number(float, 0), help="peak learning rate; see PRESETS")
-    flag("--batch-size", type=number(int, 1), help="prompts per update; see PRESETS")
-    flag("--eval-every", type=number(int, 1), help="updates between validations; see PRESETS")
+    flag("--epochs", type=number(int, 1), help="passes over the prompts")
+    flag("--lr", type=number(float, 0), help="peak learning rate")
+    flag("--batch-size", type=number(int, 1), help="prompts per update")
+    flag("--eval-every", type=number(int, 1), help="updates between validations")
     flag("--micro-tokens", type=number(int, 1), default=4096, help="tokens per forward pass")
     flag("--precision", choices=("fast", "float32", "bfloat16"), default="fast", help="as in train.py")
     flag("--patience", type=number(int, 1), default=5, help="validations without gain, then stop")
@@ -279,9 +278,10 @@ def main() -> None:
     args = parse_args()
     device, rank, world = join_processes(args.device, args.seed)
     run = Path(args.run)
-    out, log_path, resume_path = output_paths(Path(args.out or run / "rl.pt"))
+    source = args.start or run / "sft.pt"
+    out, log_path, resume_path = output_paths(Path(args.out or run / "rl.pt"), source)
     items = read_catalogue(run / "items.jsonl")
-    model, tokenizer, checkpoint = load_model(args.start or run / "sft.pt", device, items)
+    model, tokenizer, checkpoint = load_model(source, device, items)
     args.backbone = checkpoint["args"]["backbone"]
     for key, value in PRESETS["tiny" if args.backbone == "tiny" else "hf"].items():
         if getattr(args, key, None) is None:
@@ -308,7 +308,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
     print(f"device {device} x {world} | {count_parameters(model):.2f} M parameters | {len(train)} prompts | "
           f"{len(valid)} to validate | {steps} updates of {args.batch_size} x {args.group_size} rollouts")
-    settings = {**vars(args), "prompts": len(train), "processes": world,
+    settings = {**vars(args), "prompts": hash(tuple((*prompt.ids, prompt.target) for prompt in train)),
+                "processes": world, "catalogue": sid["digest"],
                 "SID rows": fingerprint(model, catalogue.sid_ids)}
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)

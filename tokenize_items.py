@@ -16,11 +16,9 @@ Differs from the papers
   2. A colliding item gets the free last code nearest to its residual; in TS-Rec any (--collision random).
   3. K is 256 as in the papers, but less for fewer than 3,072 items.
   4. `--quantizer rqvae`: no dropout, no diversity loss, fewer updates and levels than STAR.
-  5. `--collision sinkhorn` spreads a prefix's items at once, LC-Rec each SID's, also in training.
 
 Examples
   python tokenize_items.py --run runs/industrial --data ../shared/data/industrial
-  python tokenize_items.py --encoder Qwen/Qwen3-Embedding-4B --pooling last --dim 32 --collision random
   python tokenize_items.py --run runs/demo --add new_items.jsonl
 """
 import argparse
@@ -132,7 +130,9 @@ def encode(texts: list[str], encoder: dict, device: torch.device) -> Tensor:
 
 # ---- RQ-KMeans (eqs. 1-3) ----------------------
 def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: draw each row by its squared distance to those before; (N, D) -> (K, D)."""
+    """k-means++: draw rows by squared distance to those before, also twice if need be; (N, D) -> (K, D)."""
+    if k > len(x):
+        stop(f"codebook size {k} is larger than the {len(x)} items; choose a smaller --codebook-size")
     square = (x * x).sum(1)
     distance = torch.full_like(square, torch.inf)  # to the nearest centroid so far
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
@@ -142,9 +142,6 @@ def seed_centroids(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         to_last[to_last <= 1e-6 * (square + square[last])] = 0  # the same point
         distance = torch.minimum(distance, to_last)
         total = distance.double().cumsum(0)
-        if total[-1] <= 0:
-            stop(f"codebook size {k} is larger than the {len(chosen)} distinct vectors of this level; "
-                 "choose a smaller --codebook-size or fewer --num-levels")
         draw = torch.rand((), generator=generator, dtype=torch.float64).to(x.device) * total[-1]
         row = int(torch.searchsorted(total, draw, right=True).clamp_max(len(x) - 1))
         chosen.append(row if distance[row] > 0 else int(distance.argmax()))
@@ -580,7 +577,7 @@ def main() -> None:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
         # Default: N / 12, but at least min(32, N / 4); from 8 to 256, rounded down to a power of 2
-        k = args.codebook_size or 2 ** int(math.log2(max(8, min(32, n // 4), min(256, n // 12))))
+        k = args.codebook_size or 2 ** int(math.log2(min(n, max(8, min(32, n // 4), min(256, n // 12)))))
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":
             codebooks, encoder["rqvae"] = fit_rqvae(x, args.num_levels, k, args.seed)

@@ -6,8 +6,7 @@ Every task is a template that turns data into a prompt and a response. The loss 
     Algorithm 1  grad E <- grad E * m,  m_i = [i is a SID token]      STAR, 3.1: --stage align
 
 Reads   RUN/init.pt (or --from), items.jsonl, train.jsonl, valid.jsonl, semantics.jsonl, queries.jsonl
-Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; RUN/sft_log.jsonl;
-        RUN/sft_resume.pt, see --save-every; with --keep, RUN/sft_00236.pt at every validation
+Writes  RUN/align.pt or sft.pt: the last weights, or with --patience the best; sft_log.jsonl, sft_resume.pt
 
 Differs from the papers
   1. Each task has its share of a weighted mean loss, and of an epoch's examples (`--tasks`).
@@ -18,7 +17,6 @@ Differs from the papers
 
 Examples
   python train.py --stage align                    # then: --from runs/demo/align.pt
-  python train.py --tasks sequence,similar:0.05  # no TS-Align
 """
 import argparse
 import math
@@ -427,6 +425,7 @@ def load_examples(args: argparse.Namespace, tokenizer, run: Path, data: dict,
     if args.stage == "sft":
         samples = read_samples(run / "valid.jsonl", {item["item_id"] for item in data["items"]})
         valid = make_examples(tokenizer, args.recommends, {**data, "samples": samples}, 0, "", leaf_of)
+        print(f"validates on {args.recommends} | {len(valid)} examples")
     examples, sizes = weigh(examples, args.tasks)
     for name, rows in examples.items():
         share = args.tasks[name] / sum(args.tasks[n] for n in examples)
@@ -437,9 +436,10 @@ def main() -> None:
     args = parse_args()
     device, rank, world = join_processes(args.device, args.seed)
     run = Path(args.run)
-    out, log_path, resume_path = output_paths(Path(args.out or run / f"{args.stage}.pt"))
+    source = args.start or run / "init.pt"
+    out, log_path, resume_path = output_paths(Path(args.out or run / f"{args.stage}.pt"), source)
     items = read_catalogue(run / "items.jsonl")
-    model, tokenizer, checkpoint = load_model(args.start or run / "init.pt", device, items)
+    model, tokenizer, checkpoint = load_model(source, device, items)
     fill_in(args, checkpoint["args"]["backbone"], (run / "queries.jsonl").exists())
 
     sid, data = checkpoint["sid"], read_data(run, items, args.tasks)
@@ -448,8 +448,8 @@ def main() -> None:
     names = ("".join(item["sid"]) for item in items)
     leaf_of = dict(zip(names, leaf_of_items(trie).tolist())) if args.loss == "trie" else {}
     examples, sizes, valid = load_examples(args, tokenizer, run, data, leaf_of)
-    longest = max(len(e.ids) for rows in [*examples.values(), valid] for e in rows)
-    check_lengths(-(-longest // 8) * 8, model.config)  # as collate pads
+    all_ids = [tuple(e.ids) for rows in [*examples.values(), valid] for e in rows]
+    check_lengths(-(-max(map(len, all_ids)) // 8) * 8, model.config)  # as collate pads
     num_examples = sum(sizes.values())
     steps_per_epoch = math.ceil(num_examples / args.batch_size)
     eval_every = math.ceil(steps_per_epoch / args.evals_per_epoch)
@@ -468,7 +468,7 @@ def main() -> None:
 
     # Where the run stands
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
-    settings = {**vars(args), "examples": num_examples, "parameters": count_parameters(model),
+    settings = {**vars(args), "examples": hash(tuple(all_ids)), "parameters": count_parameters(model),
                 "processes": world, "catalogue": sid["digest"], "SID rows": fingerprint(model, sid_ids)}
     step, best, bad_evals, log = 0, math.inf, 0, []
     if args.resume and resume_path.exists():

@@ -505,6 +505,18 @@ def test_new_items_join_an_old_checkpoint(run, tmp_path, capsys, monkeypatch):
     assert read_lines(run / "predictions.jsonl") != averaged
 
 
+def test_lists_do_not_depend_on_the_batch(run, tmp_path):
+    samples = read_lines(run / "test.jsonl")
+    for n, sample in enumerate(samples):
+        sample["history"] = (sample["history"] * 9)[:1 + n % 7]         # histories of 1 to 7 items
+    write_lines(run / "test.jsonl", samples)
+    flags = ("--run", run, "--exclude-history", "--num-beams", 4, "--predictions")
+    call(evaluate, *flags, tmp_path / "together.jsonl")
+    call(evaluate, *flags, tmp_path / "alone.jsonl", "--batch-tokens", 1)
+    together, alone = (read_lines(tmp_path / f"{name}.jsonl") for name in ("together", "alone"))
+    assert [p["items"] for p in together] == [p["items"] for p in alone]
+
+
 def test_shared_sids(toy_data, tmp_path, capsys):
     """Items that share a SID: ranks follow the catalogue's order, the SID-level figure counts all of them."""
     run = tmp_path / "run"

@@ -355,6 +355,8 @@ UNSUITED = {        # name -> architecture, settings, tokenizer, word of the mes
     "soft-capping": ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 5.0}, byte_level, "logits"),
     "a scaled head": ("cohere", {"logit_scale": 0.25}, byte_level, "logits"),
     "BERT": ("bert", {}, byte_level, "logits"),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, byte_level, "attention"),
+    "ALiBi": ("falcon", {"alibi": True, "new_decoder_architecture": False}, byte_level, "attention"),
     "no end token": ("llama", {}, wordpiece, "end"),
 }
 

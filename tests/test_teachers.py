@@ -262,6 +262,24 @@ def test_a_refusal_ends_the_run_with_the_server_s_words(shop, server, status, re
     assert cached(shop, 23) == 23 and all(row["source"] == "http m" for row in read(shop / "semantics.jsonl"))
 
 
+def test_one_question_that_is_always_refused_is_left_to_tfidf(shop, server, capsys):
+    def act(number, chat):
+        return (400, {}, b"content filter") if number == 5 else well(number, chat)
+
+    server.act = act
+    call(stage, *flags(shop, server))
+    assert counts(capsys.readouterr().out) == [0, 10, 1]
+    sources = Counter(row["source"] for row in read(shop / "semantics.jsonl"))
+    assert sources == {"http m": 10, "tfidf": 1}
+
+
+def test_half_an_emoji_in_an_answer(shop, server):
+    server.act = lambda number, chat: well(number, chat).replace('"keywords": ["', '"keywords": ["half \\ud83d ')
+    call(stage, *flags(shop, server, "--queries", 5))
+    rows = read(shop / "semantics.jsonl")
+    assert all(row["keywords"][0].startswith("half ? ") for row in rows) and (shop / "queries.jsonl").exists()
+
+
 @pytest.mark.parametrize("trouble", [
     CUT, (200, {}, b"<html>no json"), (200, {}, b'{"choices": []}'), (200, {}, b"[]"), (200, {}, b"null"),
     (429, {"Retry-After": "soon"}, b"")], ids=["cut", "html", "no choices", "list", "null", "Retry-After"])

@@ -108,14 +108,17 @@ def test_empty_clusters_restart_at_the_farthest_points(monkeypatch):
     assert set(codes) == {0, 1, 2, 3}
 
 
-def test_seeds_are_distinct_points_and_stop_at_the_number_of_distinct_points(capsys):
+def test_seeds_are_distinct_points_as_far_as_there_are(capsys):
     distinct = points(6)
     x = distinct.repeat(5, 1)
     for seed in range(10):
         seeds = stage.seed_centroids(x, 6, generator(seed))
         assert sorted(seeds.tolist()) == sorted(distinct.tolist())
-    assert_stops(capsys, stage.seed_centroids, x, 7, generator(),
-                 words=("codebook size 7", "6 distinct vectors", "--codebook-size"))
+    seeds = stage.seed_centroids(x, 9, generator())
+    assert len(seeds) == 9 and set(map(tuple, seeds.tolist())) == set(map(tuple, distinct.tolist()))
+    assert stage.assign(distinct, stage.kmeans(x, 9, 5, generator()))[1].max() < 1e-4
+    assert_stops(capsys, stage.seed_centroids, x, 31, generator(),
+                 words=("codebook size 31", "30 items", "--codebook-size"))
 
 
 def test_seeds_are_drawn_by_squared_distance():
@@ -407,13 +410,13 @@ def stop_here():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("count", [24, 60])
+@pytest.mark.parametrize("count", [5, 8, 12, 24, 60])
 def test_a_small_catalogue_needs_no_flags(tmp_path, count):
     write_lines(tmp_path / "items.jsonl", toy_items(count))
     write_lines(tmp_path / "interactions.jsonl", toy_interactions(count))
     call(stage, "--data", tmp_path, "--run", tmp_path / "run")
     assert len({tuple(item["sid"]) for item in read(tmp_path / "run" / "items.jsonl")}) == count
-    assert torch.load(tmp_path / "run" / "codebook.pt", weights_only=True)["centroids"].shape[1] == 8
+    assert torch.load(tmp_path / "run" / "codebook.pt", weights_only=True)["centroids"].shape[1] == (4 if count < 8 else 8)
 
 
 # ---- Encoders ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import init_embeddings
+import rl
 import tokenize_items
 import train as stage
 from conftest import ROOT, assert_one_line_error, assert_stops, call, random_model
@@ -281,6 +282,8 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
     train, init = (run / "train.jsonl").read_bytes(), (run / "init.pt").read_bytes()
     (run / "train.jsonl").write_bytes(b"".join(train.splitlines(True)[:-1]))            # a sample less
     assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "examples"))
+    (run / "train.jsonl").write_bytes(b"".join(reversed(train.splitlines(True))))       # another order
+    assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "examples"))
     (run / "train.jsonl").write_bytes(train)
     rebuild(run, "llama", True)
     assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "parameters"))
@@ -406,6 +409,16 @@ def test_a_closed_pipe_is_one_line(tmp_path):
         process.stdout.close()                              # as `| head` does
         said = process.stderr.read()
     assert (process.returncode, said) == (2, "error: interrupted\n")
+
+
+def test_a_training_does_not_overwrite_its_start(run, tmp_path, capsys):
+    before = (run / "init.pt").read_bytes()
+    flags = ("--run", run, "--epochs", 1)
+    for more in (("--out", run / "init.pt"), ("--from", run / "init.pt", "--out", run / "." / "init.pt"),
+                 ("--from", run / "sft.pt")):
+        assert_stops(capsys, call, stage, *flags, *more, words=("--out", "what the training starts from"))
+    assert_stops(capsys, call, rl, *flags, "--from", run / "rl.pt", words=("--out", "starts from"))
+    assert (run / "init.pt").read_bytes() == before
 
 
 def test_a_folder_is_no_checkpoint(run, tmp_path, capsys):
