@@ -244,7 +244,7 @@ def ask(session: requests.Session, url: str, model: str, question: Question) -> 
         body = {"model": model, "messages": chat}
         reply = session.post(url, json=body, timeout=TIMEOUT, allow_redirects=False)
         if reply.status_code != 200:
-            error = LookupError if reply.status_code in (400, 413, 422) else requests.HTTPError  # of a prompt
+            error = LookupError if reply.status_code in (400, 413, 422) else requests.HTTPError  # this prompt
             raise error(f"status {reply.status_code}: {' '.join(reply.text.split())}")
         try:
             text = str(reply.json()["choices"][0]["message"]["content"] or "")

@@ -192,7 +192,7 @@ def check_head(model, name: str) -> None:
         logits, cache = model(ids, use_cache=False).logits[:, 4:], DynamicCache()
         model.base_model(ids[:, :4], past_key_values=cache, use_cache=True)
         hidden = model.base_model(ids[:, 4:], past_key_values=cache, use_cache=True, attention_mask=mask,
-                                  position_ids=ids[:, 4:] - 1).last_hidden_state
+                                  position_ids=torch.arange(4, 8, device=ids.device)[None]).last_hidden_state
         same = torch.allclose(logits, hidden @ model.get_output_embeddings().weight.T, atol=1e-3, rtol=1e-3)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         same = False
@@ -512,7 +512,7 @@ def fingerprint(model, sid_ids: Tensor) -> int:
 def output_paths(out: Path, start: str | Path) -> tuple[Path, Path, Path]:
     """A checkpoint, its log, and what --resume needs; stops if `out` is a folder, or `start`."""
     if out.is_dir() or out.resolve() == Path(start).resolve():
-        stop(f"--out {out}: is a folder, or what the training starts from; name another file")
+        stop(f"--out {out}: is a folder, or --from; name another file")
     return out, *(out.with_name(out.stem + end) for end in ("_log.jsonl", "_resume.pt"))
 
 # ---- Command line ------------------------------
@@ -522,7 +522,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--out", help="checkpoint to write, instead of RUN/init.pt")
     flag("--init", choices=("sa", "mean", "gaussian", "normal"), default="sa",
          help="mean of the keywords (eq. 9), mean or Gaussian of the vocabulary, or N(0, 0.02^2)")
-    flag("--sa-depth", type=number(int, 0, 9), default=8, help="levels with SA-Init, the rest gaussian")
+    flag("--sa-depth", type=number(int, 0, 9), default=8, help="levels with SA-Init")
     flag("--sa-norm", choices=("none", "vocab", "centered"), default="centered", help="none: eq. 9")
     flag("--backbone", default="tiny", help="tiny, or a causal LM: name, folder, or checkpoint")
     flag("--width", type=number(int, 32), default=128, help="tiny: hidden size, a multiple of 32")

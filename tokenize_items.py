@@ -525,7 +525,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--data", default=str(DEMO), help="folder with items.jsonl and interactions.jsonl or a split")
     flag("--sids", help="SIDs to take, {item_id, sid} lines")
-    flag("--add", metavar="FILE", help="add these items, with SIDs from RUN/codebook.pt; not after --sids")
+    flag("--add", metavar="FILE", help="add these items, by RUN/codebook.pt; not after --sids")
     flag("--encoder", default="lsa", help="lsa, or a Hugging Face model by name or folder")
     flag("--pooling", choices=("mean", "last"), default="mean", help="Qwen3-Embedding needs last")
     flag("--dim", type=number(int, 0), default=0, help="width after PCA; 0: no PCA; paper: 32")

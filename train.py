@@ -448,8 +448,8 @@ def main() -> None:
     names = ("".join(item["sid"]) for item in items)
     leaf_of = dict(zip(names, leaf_of_items(trie).tolist())) if args.loss == "trie" else {}
     examples, sizes, valid = load_examples(args, tokenizer, run, data, leaf_of)
-    all_ids = [tuple(e.ids) for rows in [*examples.values(), valid] for e in rows]
-    check_lengths(-(-max(map(len, all_ids)) // 8) * 8, model.config)  # as collate pads
+    everything = [e for rows in [*examples.values(), valid] for e in rows]
+    check_lengths(-(-max(len(e.ids) for e in everything) // 8) * 8, model.config)  # as collate pads
     num_examples = sum(sizes.values())
     steps_per_epoch = math.ceil(num_examples / args.batch_size)
     eval_every = math.ceil(steps_per_epoch / args.evals_per_epoch)
@@ -468,7 +468,7 @@ def main() -> None:
 
     # Where the run stands
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
-    settings = {**vars(args), "examples": hash(tuple(all_ids)), "parameters": count_parameters(model),
+    settings = {**vars(args), "examples": hash(tuple(hash(tuple(e.ids)) for e in everything)),
                 "processes": world, "catalogue": sid["digest"], "SID rows": fingerprint(model, sid_ids)}
     step, best, bad_evals, log = 0, math.inf, 0, []
     if args.resume and resume_path.exists():
