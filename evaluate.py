@@ -24,7 +24,7 @@ Differs from the papers
   4. Items added later, and never a target yet, count as the average of their siblings.
 
 Examples
-  python evaluate.py --show 3            # three test users in words
+  python evaluate.py --show 3  # three test users in words
 """
 import argparse
 import math
@@ -477,8 +477,7 @@ def main() -> None:
     is_new, is_hidden = (torch.tensor([i in some for i in item_ids]) for some in (new, hidden))
     trie = build_trie(codes, sid["codebook_size"], device, is_new, is_hidden)
     num_beams = args.num_beams or (5 if TASKS[task].source == "items" else 20)
-    start = time.time()
-    found = {}
+    start, found = time.time(), {}
     for weight in sorted({0.0, args.memory if any(recalled) else 0.0}):  # the last one is shown
         name = f"{path.name} + memory {weight:g}" if weight else path.name
         found[name] = rankings = search_all(model, trie, sid_ids, item_ids, prompts, num_beams,

@@ -576,7 +576,7 @@ def main() -> None:
         if args.dim:
             encoder |= fit_pca(x, args.dim)
             x = (x - encoder["pca_mean"]) @ encoder["pca_axes"]
-        # Default: N / 12, but at least min(32, N / 4); from 8 to 256, rounded down to a power of 2
+        # Default: N / 12, but at least min(32, N / 4); from 8 (or N) to 256, rounded down to a power of 2
         k = args.codebook_size or 2 ** int(math.log2(min(n, max(8, min(32, n // 4), min(256, n // 12)))))
         print(f"encoder {args.encoder} | vectors {tuple(x.shape)} | codebooks {args.num_levels} x {k}")
         if args.quantizer == "rqvae":

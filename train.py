@@ -16,7 +16,7 @@ Differs from the papers
   5. --stage align validates on 5 % of its examples and does not train on them.
 
 Examples
-  python train.py --stage align                    # then: --from runs/demo/align.pt
+  python train.py --stage align  # then: --from runs/demo/align.pt
 """
 import argparse
 import math
@@ -469,7 +469,8 @@ def main() -> None:
     # Where the run stands
     sid = update_sid(sid, items, {sample["target"] for sample in data.get("samples", ())})
     settings = {**vars(args), "examples": hash(tuple(hash(tuple(e.ids)) for e in everything)),
-                "processes": world, "catalogue": sid["digest"], "SID rows": fingerprint(model, sid_ids)}
+                "parameters": count_parameters(model), "processes": world, "catalogue": sid["digest"],
+                "SID rows": fingerprint(model, sid_ids)}
     step, best, bad_evals, log = 0, math.inf, 0, []
     if args.resume and resume_path.exists():
         state = load_progress(resume_path, model, optimizer, settings)

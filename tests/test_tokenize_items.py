@@ -416,7 +416,8 @@ def test_a_small_catalogue_needs_no_flags(tmp_path, count):
     write_lines(tmp_path / "interactions.jsonl", toy_interactions(count))
     call(stage, "--data", tmp_path, "--run", tmp_path / "run")
     assert len({tuple(item["sid"]) for item in read(tmp_path / "run" / "items.jsonl")}) == count
-    assert torch.load(tmp_path / "run" / "codebook.pt", weights_only=True)["centroids"].shape[1] == (4 if count < 8 else 8)
+    centroids = torch.load(tmp_path / "run" / "codebook.pt", weights_only=True)["centroids"]
+    assert centroids.shape[1] == (4 if count < 8 else 8)
 
 
 # ---- Encoders ------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def test_interrupted_saves_and_leaves(forked, uninterrupted, run, tmp_path, caps
     assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "examples"))
     (run / "train.jsonl").write_bytes(train)
     rebuild(run, "llama", True)
-    assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "SID rows"))
+    assert_stops(capsys, call, stage, *flags, "--resume", words=("out_resume.pt", "parameters"))
     (run / "init.pt").write_bytes(init)
     other = load_model(run / "init.pt", torch.device("cpu"))
     other[0].get_input_embeddings().weight.data[-1] += 1                # another start of the same shape
